@@ -1,0 +1,119 @@
+"""The fine-tuning methods that the benchmarks compare, applied to a `BenchmarkModel`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from benchmarks.models import BenchmarkModel
+
+_QUERY_VALUE = re.compile(r"(^|\.)(query|value|q_proj|v_proj|q|v|qkv)$")
+
+
+class NotApplicableError(Exception):
+    """The method does not exist for this model; the message says why."""
+
+
+def _full(model: BenchmarkModel, config: dict[str, Any]) -> nn.Module:
+    return model.module.requires_grad_(True)
+
+
+def _linear_probe(model: BenchmarkModel, config: dict[str, Any]) -> nn.Module:
+    for name, parameter in model.module.named_parameters():
+        parameter.requires_grad_(name.rpartition(".")[0] in model.heads)
+    return model.module
+
+
+def _bias_only(model: BenchmarkModel, config: dict[str, Any]) -> nn.Module:
+    """Every bias and the head, in stock torch."""
+    for name, parameter in model.module.named_parameters():
+        parameter.requires_grad_(name.endswith("bias") or name.rpartition(".")[0] in model.heads)
+    return model.module
+
+
+def _lora(model: BenchmarkModel, config: dict[str, Any], targets: list[str]) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    settings = {"r": 8, "lora_alpha": 16, "target_modules": targets, "modules_to_save": model.heads}
+    return get_peft_model(model.module, LoraConfig(**settings | config))
+
+
+def _lora_qv(model: BenchmarkModel, config: dict[str, Any]) -> nn.Module:
+    targets = [
+        name for name, module in model.module.named_modules() if _is_linear(module) and _QUERY_VALUE.search(name)
+    ]
+    if not targets:
+        raise NotApplicableError("the model has no query and value projections")
+    return _lora(model, config, targets)
+
+
+def _lora_all(model: BenchmarkModel, config: dict[str, Any]) -> nn.Module:
+    """LoRA on every linear layer and every ungrouped convolution, the head excepted (it is trained in full)."""
+    targets = [
+        name
+        for name, module in model.module.named_modules()
+        if name not in model.heads
+        and (_is_linear(module) or (isinstance(module, nn.Conv2d) and module.groups == 1 and not _is_vit(model)))
+    ]
+    return _lora(model, config, targets)
+
+
+def _lora_checkpointing(model: BenchmarkModel, config: dict[str, Any]) -> nn.Module:
+    if model.from_transformers:
+        if not getattr(model.module, "supports_gradient_checkpointing", False):
+            raise NotApplicableError("the model class has no gradient checkpointing")
+        if hasattr(model.module, "activation_checkpointing_enable"):
+            model.module.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.module.gradient_checkpointing_enable({"use_reentrant": False})
+    elif hasattr(model.module, "set_grad_checkpointing"):
+        model.module.set_grad_checkpointing(True)
+    else:
+        raise NotApplicableError("the model class has no gradient checkpointing")
+    try:
+        return _lora_qv(model, config)
+    except NotApplicableError:
+        return _lora_all(model, config)
+
+
+def _s2a(model: BenchmarkModel, config: dict[str, Any]) -> nn.Module:
+    from peft import get_peft_model
+
+    from peft_s2a import S2AConfig
+
+    return get_peft_model(model.module, S2AConfig(**{"modules_to_save": model.heads} | config))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _is_vit(model: BenchmarkModel) -> bool:
+    """Whether convolutions are only the patch embedding, which LoRA on all linear layers leaves alone."""
+    return sum(isinstance(module, nn.Conv2d) for module in model.module.modules()) == 1
+
+
+METHODS: dict[str, Callable[[BenchmarkModel, dict[str, Any]], nn.Module]] = {
+    "full": _full,
+    "linear_probe": _linear_probe,
+    "bias_only": _bias_only,
+    "lora_qv": _lora_qv,
+    "lora_all": _lora_all,
+    "lora_checkpointing": _lora_checkpointing,
+    "s2a": _s2a,
+}
+
+ADAPTERS = ("lora_qv", "lora_all", "lora_checkpointing", "s2a")
+"""Methods that add to the model and must begin as the identity."""
+
+
+def apply(method: str, model: BenchmarkModel, config: dict[str, Any] | None = None) -> nn.Module:
+    """`model` made ready for training with `method`; `config` are fields of the method's PEFT configuration.
+
+    Raises:
+        NotApplicableError: if the model can't be trained in this way.
+    """
+    return METHODS[method](model, config or {})

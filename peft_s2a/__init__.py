@@ -1,0 +1,16 @@
+"""S2A (arXiv 2503.08154) for PEFT: fine-tuning that shrinks activations as well as gradients and optimizer state.
+
+Importing the package registers the method with PEFT: `get_peft_model(model, S2AConfig(...))` and
+`PeftModel.from_pretrained(...)` know it from then on.
+"""
+
+from .settings import ActivationSettings
+from .structure import BlockShape
+from .tuner import S2AConfig, S2AModel, register
+
+
+__version__ = "0.1.0"
+
+register(S2AConfig, S2AModel)
+
+__all__ = ["ActivationSettings", "BlockShape", "S2AConfig", "S2AModel", "__version__"]

@@ -1,0 +1,130 @@
+"""From torch functions to operators: a function mode, and the hooks that enter it around the forward of modules.
+
+The mode reaches every model alike, functional calls included, without touching its modules. Hooks sit on the base model
+and on every adapted block, so that a block that is recomputed by a checkpoint sees the mode too. In evaluation and
+without gradients nothing is entered: the model runs untouched.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from .ops.table import GROWING, TABLE, Context
+from .settings import ActivationSettings
+
+
+def _needs_grad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(isinstance(a, Tensor) and a.requires_grad for a in args) or any(
+        isinstance(a, Tensor) and a.requires_grad for a in kwargs.values()
+    )
+
+
+def _without_override_check(function: types.FunctionType) -> Callable[..., Any]:
+    """The Python body of a torch function, whose calls are seen by the mode although the function itself is not."""
+    namespace = dict(function.__globals__, has_torch_function=lambda *_: False)
+    copy = types.FunctionType(
+        function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+_COMPOSITES: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.multi_head_attention_forward: _without_override_check(F.multi_head_attention_forward),  # type: ignore[arg-type]
+}
+"""Torch functions made of others, whose parts are to be replaced one by one."""
+
+
+class ActivationMode(TorchFunctionMode):
+    """Runs the operators of `TABLE` in place of torch's functions where a gradient is needed."""
+
+    def __init__(self, settings: ActivationSettings) -> None:
+        super().__init__()
+        self.context = Context(settings)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        handler = TABLE.get(func)
+        if handler is not None:
+            if torch.is_grad_enabled() and _needs_grad(args, kwargs):
+                result = handler(self.context, *args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+            return func(*args, **kwargs)
+        if func in _COMPOSITES:
+            with self:
+                return _COMPOSITES[func](*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in GROWING and not torch.compiler.is_compiling():
+            self.context.recipes.record(result, func, args, kwargs)
+        return result
+
+
+class ActivationInterceptor:
+    """The hooks of one base model.
+
+    Attributes:
+        layer: any tuner layer of the model; it knows which adapters are active.
+    """
+
+    def __init__(self) -> None:
+        self.layer: BaseTunerLayer | None = None
+        self._settings: dict[str, ActivationSettings] = {}
+        self._handles: dict[nn.Module, tuple[RemovableHandle, ...]] = {}
+        self._entered: list[ActivationMode | None] = []
+
+    def set_adapter_settings(self, adapter_name: str, settings: ActivationSettings) -> None:
+        """Sets what is kept while `adapter_name` is active."""
+        self._settings[adapter_name] = settings
+
+    def delete_adapter_settings(self, adapter_name: str) -> None:
+        self._settings.pop(adapter_name, None)
+
+    def attach(self, module: nn.Module) -> None:
+        """Registers the entering and the leaving hook on `module`; a second call for a module does nothing.
+
+        Hooks that shall run inside the mode are registered before.
+        """
+        if module not in self._handles:
+            enter = module.register_forward_pre_hook(self._enter, prepend=True)
+            leave = module.register_forward_hook(self._leave, always_call=True)
+            self._handles[module] = (enter, leave)
+
+    def detach(self) -> None:
+        """Removes every hook."""
+        for handles in self._handles.values():
+            for handle in handles:
+                handle.remove()
+        self._handles.clear()
+
+    @property
+    def active_settings(self) -> ActivationSettings | None:
+        """Settings of the first active adapter that has some, or None."""
+        if self.layer is None or self.layer.disable_adapters:
+            return None
+        return next((self._settings[name] for name in self.layer.active_adapters if name in self._settings), None)
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        mode = None
+        if module.training and torch.is_grad_enabled() and not any(self._entered):
+            settings = self.active_settings
+            if settings is not None:
+                mode = ActivationMode(settings)
+                mode.__enter__()
+        self._entered.append(mode)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        mode = self._entered.pop()
+        if mode is not None:
+            mode.__exit__(None, None, None)

@@ -1,0 +1,17 @@
+"""What a training step keeps and peaks at: bytes autograd holds for backward, allocator peak, timeline."""
+
+from .accounting import SavedTensor, saved_activation_bytes, saved_tensors
+from .allocator import kept_bytes_by_allocator
+from .peak import optimizer_state_bytes, peak_step_bytes
+from .timeline import Timeline, memory_timeline
+
+__all__ = [
+    "SavedTensor",
+    "Timeline",
+    "kept_bytes_by_allocator",
+    "memory_timeline",
+    "optimizer_state_bytes",
+    "peak_step_bytes",
+    "saved_activation_bytes",
+    "saved_tensors",
+]

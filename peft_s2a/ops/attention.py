@@ -1,0 +1,118 @@
+"""Scaled-dot-product attention: q, k and v are kept in codes, the attention is recomputed from them in backward.
+
+Neither the probabilities nor the output are kept. A mask that is a broadcast or a sum of smaller tensors can be kept as
+those (see `recipes.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from ..codecs.channel import HeadCodec
+from ..codecs.chunked import CPU_CHUNK, DEVICE_CHUNK
+from .recipes import Recipe, flatten_recipe, rebuild
+from .rng import replayed_rng, rng_state
+
+
+def _items_per_piece(query: tuple[int, ...], key: tuple[int, ...], device: torch.device) -> int:
+    """Batch items whose q, k, v and (H, L, S) scores are decoded at a time."""
+    per_item = query[1] * (query[2] * query[3] + 2 * key[2] * key[3])
+    size = 8 * CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK
+    return max(1, size // max(per_item, 1))
+
+
+class AttentionFunction(torch.autograd.Function):
+    """`softmax(q k^T scale + mask) v` on `(N, H, L, D)`; keeps what the codec makes of q, k and v."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        mask_recipe: Recipe | None,
+        options: dict[str, Any],
+        codec: HeadCodec,
+    ) -> Tensor:
+        ctx.shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
+        ctx.dtypes = query.dtype, key.dtype, value.dtype
+        ctx.options, ctx.codec = options, codec
+        ctx.device = query.device
+        state = rng_state(query.device) if options["dropout_p"] > 0 else None
+        output = sdpa(query, key, value, attn_mask=mask, **options)
+        ctx.compute_dtype = output.dtype
+        kept = [codec.encode(t) for t in (query, key, value)]
+        ctx.lengths = [len(k) for k in kept]
+        ctx.has_mask = mask is not None
+        if mask_recipe is None:
+            leaves, ctx.mask_tree = ([mask] if mask is not None else []), None
+        else:
+            leaves, ctx.mask_tree = flatten_recipe(mask_recipe)
+        ctx.save_for_backward(state, *(t for k in kept for t in k), *leaves)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        state, *rest = ctx.saved_tensors
+        kept = []
+        for length in ctx.lengths:
+            kept.append(tuple(rest[:length]))
+            rest = rest[length:]
+        needs = ctx.needs_input_grad[:4]
+        mask = None
+        if ctx.has_mask:
+            mask = rest[0] if ctx.mask_tree is None else rebuild(ctx.mask_tree, rest)
+        items = ctx.shapes[0][0]
+        grads: list[Tensor | None] = [
+            torch.empty(shape, dtype=dtype, device=ctx.device) if need else None
+            for shape, dtype, need in zip(ctx.shapes, ctx.dtypes, needs, strict=False)
+        ]
+        whole = state is not None or needs[3] or torch.compiler.is_compiling()
+        step = items if whole else _items_per_piece(ctx.shapes[0], ctx.shapes[1], ctx.device)
+        grad_mask = None
+        for start in range(0, items, max(step, 1)):
+            stop = min(start + step, items)
+            decoded = [
+                ctx.codec.decode(tuple(t[start:stop] for t in k), (stop - start, *shape[1:]), ctx.compute_dtype)
+                .detach()
+                .requires_grad_(need)
+                for k, shape, need in zip(kept, ctx.shapes, needs, strict=False)
+            ]
+            piece_mask = mask if mask is None or mask.dim() < 4 or mask.shape[0] == 1 else mask[start:stop]
+            if needs[3]:
+                piece_mask = mask.detach().requires_grad_()
+            with torch.enable_grad(), replayed_rng(state, ctx.device):
+                output = sdpa(*decoded, attn_mask=piece_mask, **ctx.options)
+            wanted = [t for t in (*decoded, piece_mask) if t is not None and t.requires_grad]
+            found = iter(torch.autograd.grad(output, wanted, grad_output[start:stop].to(output.dtype)))
+            for target, need in zip(grads, needs, strict=False):
+                if need:
+                    target[start:stop] = next(found)  # type: ignore[index]
+            if needs[3]:
+                grad_mask = next(found)
+        return *grads, grad_mask, None, None, None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options: dict[str, Any],
+    codec: HeadCodec,
+    mask_recipe: Recipe | None = None,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` on `(N, H, L, D)` tensors.
+
+    Args:
+        options: `dropout_p`, `is_causal`, `scale`, `enable_gqa` of the torch function.
+        mask_recipe: how to make the mask again in backward; it is then not kept.
+    """
+    return AttentionFunction.apply(query, key, value, mask, mask_recipe, options, codec)

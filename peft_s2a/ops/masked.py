@@ -1,0 +1,65 @@
+"""Elementwise functions whose derivative has two values: one bit per element, exact.
+
+ReLU, ReLU6, Hardtanh, LeakyReLU, Hardsigmoid, threshold: `dx = slope * dy` where the mask is set, `other_slope * dy`
+elsewhere, bit-identical to torch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..codecs.chunked import chunk_bounds
+from ..codecs.mask import decode_mask, encode_mask
+from .memory_order import flatten, memory_permutation, unflatten
+
+_UNIT = 1024
+
+Mask = Callable[[Tensor], Tensor]
+
+
+class MaskedFunction(torch.autograd.Function):
+    """`y = function(x)`, with `y' = slope` where `mask(x)`, else `other_slope`; keeps 1 bit per element."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, function: Callable[[Tensor], Tensor], mask: Mask, slope: float, other_slope: float
+    ) -> Tensor:
+        ctx.slopes = slope, other_slope
+        ctx.permutation = memory_permutation(input)
+        flat = flatten(input, ctx.permutation)
+        bounds = chunk_bounds(flat.numel(), flat.device, _UNIT)
+        parts = [encode_mask(mask(flat[start:stop])) for start, stop in bounds]
+        ctx.save_for_backward(torch.cat(parts) if parts else encode_mask(mask(flat)))
+        output = function(input)
+        if output is input:
+            ctx.mark_dirty(input)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (packed,) = ctx.saved_tensors
+        slope, other_slope = ctx.slopes
+        grad = flatten(grad_output, ctx.permutation)
+        grad_input = torch.empty_like(grad)
+        for start, stop in chunk_bounds(grad.numel(), grad.device, _UNIT):
+            mask = decode_mask(packed[start // _UNIT : -(-stop // _UNIT)], stop - start)
+            piece = grad[start:stop]
+            inside = piece if slope == 1 else piece * slope
+            if other_slope == 0:
+                torch.where(mask, inside, 0.0, out=grad_input[start:stop])
+            else:
+                torch.where(mask, inside, piece * other_slope, out=grad_input[start:stop])
+        return unflatten(grad_input, grad_output.shape, ctx.permutation), None, None, None, None
+
+
+def masked(
+    input: Tensor, function: Callable[[Tensor], Tensor], mask: Mask, slope: float = 1.0, other_slope: float = 0.0
+) -> Tensor:
+    """`function(input)`, elementwise; `function` may work in place and return its argument."""
+    return MaskedFunction.apply(input, function, mask, slope, other_slope)

@@ -1,0 +1,27 @@
+"""Flat views in the order in which a tensor lies in memory, so that channels-last maps are not copied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+Permutation = tuple[int, ...]
+
+
+def memory_permutation(x: Tensor) -> Permutation:
+    """Dimensions from the slowest to the fastest in memory."""
+    if x.is_contiguous():
+        return tuple(range(x.dim()))
+    return tuple(sorted(range(x.dim()), key=lambda d: (-x.stride(d), d)))
+
+
+def flatten(x: Tensor, permutation: Permutation) -> Tensor:
+    """`(numel,)`; a view where x is dense in this order, else a copy."""
+    return x.permute(permutation).reshape(-1)
+
+
+def unflatten(flat: Tensor, shape: Sequence[int], permutation: Permutation) -> Tensor:
+    """Inverse of `flatten`: a view of `flat` with the given shape."""
+    inverse = sorted(range(len(permutation)), key=permutation.__getitem__)
+    return flat.view([shape[d] for d in permutation]).permute(inverse)

@@ -1,0 +1,92 @@
+"""How a tensor without gradient came about from smaller ones, so that those are kept in its place.
+
+Attention masks and relative-position biases are broadcast over windows and batch before attention sees them: the sum
+is many times larger than what it was made of. A recipe remembers the calls, as a tree whose leaves are tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+GROWS = 1.5
+"""A result this many times larger than what it was made of is worth a recipe."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`function(*args, **kwargs)`; tensors among the arguments may have recipes of their own."""
+
+    function: Callable[..., Tensor]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    index: int
+
+
+def _storage_bytes(tensors: Sequence[Tensor]) -> int:
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    return [a for a in args if isinstance(a, Tensor)]
+
+
+class RecipeBook:
+    """Recipes of the tensors of one forward pass; a tensor that dies takes its recipe along."""
+
+    def __init__(self) -> None:
+        self._recipes = WeakTensorKeyDictionary()
+
+    def get(self, tensor: Tensor) -> Recipe | None:
+        found: Recipe | None = self._recipes.get(tensor)
+        return found
+
+    def record(self, result: Tensor, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remembers `result = function(*args, **kwargs)` if its parts are much smaller; none of them has a gradient."""
+        inputs = _tensors(args) + _tensors(tuple(kwargs.values()))
+        if result.requires_grad or any(t.requires_grad for t in inputs):
+            return
+        leaves, _ = flatten_recipe(self._expand(Recipe(function, args, kwargs)))
+        if result.untyped_storage().nbytes() >= GROWS * _storage_bytes(leaves):
+            self._recipes[result] = self._expand(Recipe(function, args, kwargs))
+
+    def _expand(self, recipe: Recipe) -> Recipe:
+        """Puts the recipes of the arguments in their places."""
+        args = tuple(self.get(a) or a if isinstance(a, Tensor) else a for a in recipe.args)
+        return Recipe(recipe.function, args, recipe.kwargs)
+
+
+def flatten_recipe(recipe: Recipe) -> tuple[list[Tensor], Recipe]:
+    """The tensors at the leaves, and the tree with their numbers in their places."""
+    leaves: list[Tensor] = []
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, Recipe):
+            return Recipe(value.function, tuple(map(strip, value.args)), {k: strip(v) for k, v in value.kwargs.items()})
+        if isinstance(value, Tensor):
+            leaves.append(value)
+            return _Leaf(len(leaves) - 1)
+        return value
+
+    return leaves, strip(recipe)
+
+
+def rebuild(tree: Recipe, leaves: Sequence[Tensor]) -> Tensor:
+    """The tensor again, from the leaves of `flatten_recipe`."""
+
+    def value_of(node: Any) -> Any:
+        if isinstance(node, Recipe):
+            return node.function(*map(value_of, node.args), **{k: value_of(v) for k, v in node.kwargs.items()})
+        return leaves[node.index] if isinstance(node, _Leaf) else node
+
+    with torch.no_grad():
+        return value_of(tree)

@@ -1,0 +1,59 @@
+"""How the activations of one adapter are kept: bits per operator kind and the backend of the codecs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+BIT_LEVELS = (1, 2, 3, 4, 6, 8)
+"""Numbers of bits a code can have."""
+
+OPERATOR_KINDS = ("gelu", "silu", "pointwise", "norm", "attention", "softmax", "linear", "product", "other")
+"""Groups of operators whose bits can be set apart; the names are the keys of `activation_bits`."""
+
+BACKENDS = ("auto", "eager", "compile")
+
+
+@dataclass(frozen=True)
+class ActivationSettings:
+    """What the operators of one adapter keep for backward.
+
+    Args:
+        bits: bits per element for each operator kind of `OPERATOR_KINDS`; `None` for a kind leaves that kind to torch,
+            exactly. Operators that are exact in fewer bits (ReLU, dropout, frozen convolution) are not listed: they
+            are always on.
+        backend: `"auto"`, `"eager"` or `"compile"`.
+    """
+
+    bits: Mapping[str, int | None] = field(default_factory=dict)
+    backend: str = "auto"
+
+    @classmethod
+    def from_config(
+        cls, activation_bits: int | Mapping[str, int | None] | None, activation_backend: str = "auto"
+    ) -> ActivationSettings:
+        """Settings from the two fields of `S2AConfig`.
+
+        A number holds for every kind; a mapping sets some kinds and leaves the others at 4 bits; `None` is exact.
+
+        Raises:
+            ValueError: for bits outside `BIT_LEVELS`, an unknown kind or an unknown backend.
+        """
+        if activation_backend not in BACKENDS:
+            raise ValueError(f"activation_backend={activation_backend!r} is not one of {', '.join(BACKENDS)}.")
+        if isinstance(activation_bits, Mapping):
+            unknown = sorted(set(activation_bits) - set(OPERATOR_KINDS))
+            if unknown:
+                raise ValueError(
+                    f"activation_bits has unknown operator kinds {unknown}; known are {', '.join(OPERATOR_KINDS)}."
+                )
+            bits: dict[str, int | None] = dict.fromkeys(OPERATOR_KINDS, 4) | dict(activation_bits)
+        else:
+            bits = dict.fromkeys(OPERATOR_KINDS, activation_bits)
+        for kind, num_bits in bits.items():
+            if num_bits is not None and (isinstance(num_bits, bool) or num_bits not in BIT_LEVELS):
+                raise ValueError(
+                    f"activation_bits for {kind!r} is {num_bits!r}; use one of {', '.join(map(str, BIT_LEVELS))}, "
+                    "or None to keep exact activations."
+                )
+        return cls(bits=bits, backend=activation_backend)

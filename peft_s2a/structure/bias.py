@@ -1,0 +1,172 @@
+"""The bias delta: a trainable vector added to the bias of a frozen layer.
+
+For `y = f(x) + b` the gradient of the delta is the sum of `grad_output` over everything but the channels: nothing of
+the input is kept for it. The delta takes the place of the layer's own bias while the layer runs, so the layer's
+kernel adds it and no extra pass over the output is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+
+NORM_NAMES = ("batchnorm", "groupnorm", "layernorm", "rmsnorm")
+"""A layer whose class name contains one of these, with a per-channel weight, counts as a norm."""
+
+
+@dataclass(frozen=True)
+class BiasSlot:
+    """One bias of a layer.
+
+    Args:
+        leaf: name of the adapter's leaf that holds the delta.
+        owner: path of the module that owns the bias, below the layer (`""` is the layer itself).
+        name: attribute of the bias.
+        width: number of channels.
+        in_place: whether the layer's forward takes the bias from the attribute; otherwise the delta is added to the
+            output.
+    """
+
+    leaf: str
+    owner: str
+    name: str
+    width: int
+    in_place: bool
+
+
+def is_batch_norm(layer: nn.Module) -> bool:
+    """Whether the layer keeps running statistics of its input."""
+    return isinstance(layer, _BatchNorm)
+
+
+def _is_norm(layer: nn.Module) -> bool:
+    if isinstance(layer, (nn.LayerNorm, nn.GroupNorm, _BatchNorm)):
+        return True
+    if not any(name in type(layer).__name__.lower() for name in NORM_NAMES):
+        return False
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dim() == 1 and not any(True for _ in _child_parameters(layer))
+
+
+def _child_parameters(layer: nn.Module) -> Any:
+    return (parameter for child in layer.children() for parameter in child.parameters())
+
+
+def is_supported(layer: nn.Module) -> bool:
+    """Whether a bias delta can be put on this layer.
+
+    Supported are linear layers, convolutions, layer / RMS / batch / group norms (their subclasses and look-alikes of
+    transformers and timm too) and `nn.MultiheadAttention`. The output projection inside `nn.MultiheadAttention` is
+    not: its forward is never called; the attention layer itself carries its delta.
+    """
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        return False
+    return isinstance(layer, (nn.Linear, _ConvNd, Conv1D, nn.MultiheadAttention)) or _is_norm(layer)
+
+
+def _bias_width(layer: nn.Module) -> int:
+    for name in ("out_features", "out_channels", "nf", "num_features", "num_channels"):
+        width = getattr(layer, name, None)
+        if isinstance(width, int):
+            return width
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, torch.Tensor):
+        return weight.numel()
+    normalized_shape = getattr(layer, "normalized_shape", None)
+    if normalized_shape is not None:
+        return int(torch.Size(normalized_shape).numel())
+    raise ValueError(f"The number of channels of {type(layer).__name__} cannot be found; leave it out of target_modules.")
+
+
+def _holder(layer: nn.Module, name: str) -> dict[str, Any] | None:
+    """The dictionary in which the layer registers this attribute: parameters, or buffers of frozen norms."""
+    for registered in (layer._parameters, layer._buffers):
+        if name in registered:
+            return registered
+    return None
+
+
+def bias_slots(layer: nn.Module) -> tuple[BiasSlot, ...]:
+    """The biases of a supported layer.
+
+    Raises:
+        ValueError: for a layer that is not supported.
+    """
+    if not is_supported(layer):
+        raise ValueError(
+            f"A bias delta cannot be put on {type(layer).__name__}. Supported are linear layers, convolutions, layer, "
+            "RMS, batch and group norms and nn.MultiheadAttention; change target_modules or exclude_modules."
+        )
+    if isinstance(layer, nn.MultiheadAttention):
+        return (
+            BiasSlot("s2a_bias_in", "", "in_proj_bias", 3 * layer.embed_dim, True),
+            BiasSlot("s2a_bias", "out_proj", "bias", layer.embed_dim, True),
+        )
+    in_place = _holder(layer, "bias") is not None
+    if _is_norm(layer) and getattr(layer, "weight", None) is None:
+        in_place = False  # kernels of norms take a bias only together with a weight
+    return (BiasSlot("s2a_bias", "", "bias", _bias_width(layer), in_place),)
+
+
+def find_channel_dim(layer: nn.Module) -> int:
+    """Dimension of the channels in the output of a layer without a bias of its own: 1 or -1."""
+    if isinstance(layer, (_BatchNorm, nn.GroupNorm, _ConvNd)) or getattr(layer, "data_format", "") == "channels_first":
+        return 1
+    return 1 if type(layer).__name__.lower().endswith(("2d", "3d")) else -1
+
+
+def merged_bias(layer: nn.Module, slot: BiasSlot, delta: torch.Tensor) -> torch.Tensor:
+    """Bias plus delta, added in the wider of both dtypes and returned in the layer's dtype, shape (channels)."""
+    owner = layer.get_submodule(slot.owner)
+    bias = getattr(owner, slot.name, None)
+    if bias is not None:
+        total = bias.to(torch.promote_types(bias.dtype, delta.dtype)) + delta.reshape(bias.shape)
+        return total.to(bias.dtype)
+    weight = getattr(owner, "weight", None)
+    if weight is None:
+        weight = getattr(owner, "in_proj_weight", None)
+    dtype = getattr(owner, "compute_dtype", None) or (weight.dtype if weight is not None else delta.dtype)
+    return delta.to(dtype) if dtype.is_floating_point else delta
+
+
+def call_with_bias_deltas(
+    layer: nn.Module, deltas: Mapping[BiasSlot, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Calls the layer with a delta on each of the given biases.
+
+    The layer is called as a module: its own hooks run. Its biases are put back whatever happens.
+
+    Args:
+        deltas: for a slot, the delta of shape (channels).
+    """
+    swapped: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for slot, delta in deltas.items():
+            if slot.in_place:
+                bias = merged_bias(layer, slot, delta)
+                holder = _holder(layer.get_submodule(slot.owner), slot.name)
+                assert holder is not None
+                swapped.append((holder, slot.name, holder[slot.name]))
+                holder[slot.name] = bias
+        output = layer(*args, **kwargs)
+    finally:
+        for holder, name, bias in swapped:
+            holder[name] = bias
+    for slot, delta in deltas.items():
+        if not slot.in_place:
+            shape = [1] * output.dim()
+            shape[find_channel_dim(layer)] = slot.width
+            if delta.numel() == output.shape[-1] or find_channel_dim(layer) == 1:
+                output = output + delta.to(output.dtype).view(shape)
+            else:
+                output = output + delta.to(output.dtype).view(layer.normalized_shape)
+    return output

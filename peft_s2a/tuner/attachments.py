@@ -1,0 +1,64 @@
+"""What hangs on the base model once, whatever the number of adapters: interception, image size, batch norm hooks."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..interception import ActivationInterceptor
+from .batch_norm import hold_batch_norms, release_batch_norms
+from .block import remove_hooks
+from .config import S2AConfig
+from .image_size import ImageSize
+from .layer import S2ALayer
+from .matching import is_own, is_saved_whole, matches_names
+
+
+INTERCEPTOR = "_s2a_interceptor"
+IMAGE_SIZE = "_s2a_image_size"
+
+
+def image_size(model: nn.Module) -> ImageSize:
+    """The base model's record of the image being processed, made and hooked up at the first call."""
+    record: ImageSize | None = vars(model).get(IMAGE_SIZE)
+    if record is None:
+        record = ImageSize()
+        setattr(model, IMAGE_SIZE, record)
+        model.register_forward_pre_hook(record.observe, with_kwargs=True)
+    return record
+
+
+def interceptor(model: nn.Module) -> ActivationInterceptor:
+    """The base model's interceptor, made at the first call."""
+    found: ActivationInterceptor | None = vars(model).get(INTERCEPTOR)
+    if found is None:
+        found = ActivationInterceptor()
+        setattr(model, INTERCEPTOR, found)
+    return found
+
+
+def install(model: nn.Module, adapter_name: str, config: S2AConfig) -> None:
+    """Sets interception and batch norms up for an adapter that has just been made in the model."""
+    activation = interceptor(model)
+    activation.set_adapter_settings(adapter_name, config.activation_settings())
+    activation.layer = next(module for module in model.modules() if isinstance(module, S2ALayer))
+    activation.attach(model)
+    for name, module in model.named_modules():
+        if matches_names(config.block_modules, name) and not is_own(name):
+            activation.attach(module)
+    trained = {
+        module for name, module in model.named_modules() if is_saved_whole(config, name) or ".modules_to_save." in f".{name}."
+    }
+    hold_batch_norms(model, trained)
+
+
+def remove(model: nn.Module) -> None:
+    """Undoes `install`."""
+    found: ActivationInterceptor | None = vars(model).get(INTERCEPTOR)
+    if found is not None:
+        found.detach()
+        delattr(model, INTERCEPTOR)
+    record: ImageSize | None = vars(model).get(IMAGE_SIZE)
+    if record is not None:
+        remove_hooks(model, record)
+        delattr(model, IMAGE_SIZE)
+    release_batch_norms(model)

@@ -1,0 +1,180 @@
+"""The adapter of a block: prompt and side branch, attached by hooks and a child module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..structure import BlockShape, SideWeights, pooled_width, prompt_for, side_for
+from .config import S2AConfig
+from .image_size import ImageSize
+from .layer import S2ALayer
+from .matching import CHILD_NAME
+from .tensors import first_tensor, replace_argument, replace_first
+
+
+PROMPT_LEAVES = ("s2a_prompt_a", "s2a_prompt_b")
+SIDE_LEAVES = ("s2a_side_down_weight", "s2a_side_down_bias", "s2a_side_up_weight", "s2a_side_up_bias")
+INIT_STD = 0.02
+
+
+class BlockAdapter(nn.Module, S2ALayer):
+    """Prompt and side branch of one block, for every adapter.
+
+    It is a child of the block and acts through the block's hooks: the block keeps its class, path and attributes.
+
+    Args:
+        block: the block; kept outside the modules, for its device.
+        image_size: the sizes of the image being processed, shared by all blocks.
+    """
+
+    adapter_layer_names: tuple[str, ...] = (*PROMPT_LEAVES, *SIDE_LEAVES)
+    other_param_names: tuple[str, ...] = ("shapes", "reductions")
+    weight = None  # a tuner layer without a base layer: PEFT's properties would look for one for ever
+    bias = None
+
+    def __init__(self, block: nn.Module, image_size: ImageSize) -> None:
+        super().__init__()
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        self.shapes: dict[str, BlockShape] = {}
+        self.reductions: dict[str, int] = {}
+        self.image_size = image_size
+        self._block = (block,)
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    def update_layer(self, adapter_name: str, shape: BlockShape, config: S2AConfig) -> None:
+        """Adds the adapter, or makes it anew."""
+        self.shapes[adapter_name] = shape
+        self.reductions[adapter_name] = config.side_reduction
+        for name, value in self._initial(shape, config).items():
+            getattr(self, name)[adapter_name] = nn.Parameter(value)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @staticmethod
+    def _initial(shape: BlockShape, config: S2AConfig) -> dict[str, torch.Tensor]:
+        def last(*size: int) -> torch.Tensor:
+            """The factor that is zero at the start, so that the adapter is the identity."""
+            return torch.zeros(size) if config.init_weights else torch.randn(size) * INIT_STD
+
+        values: dict[str, torch.Tensor] = {}
+        if config.prompt_rank:
+            values["s2a_prompt_a"] = torch.randn(shape.num_positions, config.prompt_rank) * INIT_STD
+            values["s2a_prompt_b"] = last(config.prompt_rank, shape.channels)
+        if config.side_reduction:
+            width = pooled_width(shape.channels, config.side_reduction)
+            values["s2a_side_down_weight"] = torch.randn(width, width) / math.sqrt(width)
+            values["s2a_side_down_bias"] = torch.zeros(width)
+            values["s2a_side_up_weight"] = last(shape.out_channels, width)
+            values["s2a_side_up_bias"] = last(shape.out_channels)
+        return values
+
+    def _acting(self, leaf: str) -> Iterator[str]:
+        """Active adapters that have this leaf."""
+        if not self.disable_adapters:
+            yield from (name for name in self.active_adapters if name in getattr(self, leaf))
+
+    def before_block(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Forward pre-hook: adds the active adapters' prompts to the block's input."""
+        x = first_tensor(args, kwargs)
+        names = list(self._acting("s2a_prompt_a"))
+        if x is None or not names:
+            return None
+        y = x
+        for name in names:
+            a, b = self.s2a_prompt_a[name], self.s2a_prompt_b[name]
+            y = y + prompt_for(x, a, b, self.shapes[name], self.image_size.current)
+        return replace_argument(args, kwargs, x, y)
+
+    def after_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook: adds the active adapters' side branches to the block's output."""
+        x, y = first_tensor(args, kwargs), first_tensor((output,), {})
+        names = list(self._acting("s2a_side_up_weight"))
+        if x is None or y is None or not names:
+            return None
+        total = y
+        for name in names:
+            weights = SideWeights(*(getattr(self, leaf)[name] for leaf in SIDE_LEAVES))
+            total = total + side_for(x, y, weights, self.shapes[name], self.reductions[name])
+        return replace_first(output, y, total)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Not called: the adapter acts through the block's hooks."""
+        raise RuntimeError("The adapter of a block is not called: it acts through the block's hooks.")
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        own = {id(parameter) for parameter in self.parameters()}
+        others = (p for p in self._block[0].parameters() if id(p) not in own and p.dtype.is_floating_point)
+        anchor = next(others, None)
+        if anchor is None or anchor.device.type == "meta":
+            return
+        for name in self.adapter_layer_names:
+            leaf = getattr(self, name)
+            if adapter_name in leaf and leaf[adapter_name].device.type != "meta":
+                leaf[adapter_name] = leaf[adapter_name].to(device or anchor.device, anchor.dtype)
+
+    def can_merge(self, adapter_name: str) -> str | None:
+        parts = [
+            part
+            for part, leaf in (("prompt", "s2a_prompt_a"), ("side branch", "s2a_side_up_weight"))
+            if adapter_name in getattr(self, leaf)
+        ]
+        return f"its {' and '.join(parts)} cannot be folded into the base model's weights" if parts else None
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing to merge; refuses adapters with a prompt or side branch."""
+        for name in adapter_names if adapter_names is not None else self.active_adapters:
+            reason = self.can_merge(name)
+            if reason:
+                raise ValueError(f"Adapter {name!r} cannot be merged: {reason}.")
+
+    def unmerge(self) -> None:
+        """Nothing was merged."""
+
+
+def attach(block: nn.Module, image_size: ImageSize) -> BlockAdapter:
+    """The block's adapter, made and hooked up at the first call.
+
+    Raises:
+        ValueError: if the block has a child of that name already.
+    """
+    child = getattr(block, CHILD_NAME, None)
+    if isinstance(child, BlockAdapter):
+        return child
+    if child is not None:
+        raise ValueError(
+            f"{type(block).__name__} has an attribute {CHILD_NAME!r} already; leave it out of block_modules."
+        )
+    adapter = BlockAdapter(block, image_size)
+    block.add_module(CHILD_NAME, adapter)
+    block.register_forward_pre_hook(adapter.before_block, with_kwargs=True)
+    block.register_forward_hook(adapter.after_block, with_kwargs=True)
+    return adapter
+
+
+def remove_hooks(module: nn.Module, owner: object) -> None:
+    """Removes the module's forward hooks that are methods of the owner."""
+    for hooks, flags in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:
+            del hooks[key]
+            flags.pop(key, None)
+
+
+def detach_all(model: nn.Module) -> None:
+    """Removes the adapters of all blocks and their hooks."""
+    for module in list(model.modules()):
+        child = module._modules.get(CHILD_NAME)
+        if isinstance(child, BlockAdapter):
+            remove_hooks(module, child)
+            del module._modules[CHILD_NAME]

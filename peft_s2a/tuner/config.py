@@ -1,0 +1,113 @@
+"""The configuration of an S2A adapter."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, Optional, Union
+
+from peft import PeftConfig
+
+from ..settings import ActivationSettings
+from ..structure import BlockShape
+from .model_card import add_usage
+from .registration import add_peft_type
+
+
+@dataclass
+class S2AConfig(PeftConfig):
+    """Configuration of S2A (arXiv 2503.08154): what is trained and in how many bits activations are kept.
+
+    Args:
+        target_modules: layers that get a bias delta: a list of names (exact, or endings), a regular expression that
+            matches full names, `"all-linear"`, or `None` for every linear, convolution and norm layer of the
+            backbone. `None` and `"all-linear"` become a regular expression when the adapter is made.
+        exclude_modules: layers and blocks to leave alone, names or a regular expression.
+        modules_to_save: modules trained and saved whole, such as the head.
+        layers_to_transform: indices of the layers to adapt, applied to target layers and blocks.
+        layers_pattern: name of the container that `layers_to_transform` counts in; default: the first numbered one.
+        block_modules: blocks that get prompt and side branch, names or a regular expression; `None`: found from the
+            model's structure.
+        use_bias: whether bias deltas are trained.
+        prompt_rank: rank r of the prompt; 0: no prompt.
+        side_reduction: channels averaged into one for the side branch; 0: no side branch.
+        init_weights: `True` starts as the identity; `False` starts at random (for tests).
+        activation_bits: bits per kept element: 1, 2, 3, 4, 6, 8, a mapping {operator kind: bits}, or `None` for exact.
+        activation_backend: `"auto"`, `"eager"` or `"compile"`.
+        train_batch_norm: whether running statistics of batch norms are trained and saved with the adapter; by default
+            they are frozen.
+        block_shapes: shapes of the blocks' inputs, found by a shape-only run of the model and saved, so that loading
+            needs no such run: {block name: {"layout", "channels", "out_channels", "grid", "num_extra"}}.
+        batch_norm_modules: the batch norms of `train_batch_norm`, filled in when the adapter is made.
+
+    Raises:
+        ValueError: for values outside these.
+    """
+
+    target_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Layers with a bias delta: names, a regex, 'all-linear' or None for all."}
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Layers and blocks to leave alone: names or a regex."}
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None, metadata={"help": "Modules trained and saved whole, such as the head."}
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None, metadata={"help": "Indices of the layers to adapt."}
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Name of the container that layers_to_transform counts in."}
+    )
+    block_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Blocks with prompt and side branch: names, a regex or None to find them."}
+    )
+    use_bias: bool = field(default=True, metadata={"help": "Whether bias deltas are trained."})
+    prompt_rank: int = field(default=8, metadata={"help": "Rank of the prompt; 0 switches it off."})
+    side_reduction: int = field(
+        default=16, metadata={"help": "Channels averaged into one for the side branch; 0 switches it off."}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "Whether the adapter starts as the identity."})
+    activation_bits: Optional[Union[int, dict[str, Optional[int]]]] = field(
+        default=4, metadata={"help": "Bits per kept element: 1, 2, 3, 4, 6, 8, {kind: bits} or None for exact."}
+    )
+    activation_backend: str = field(default="auto", metadata={"help": "'auto', 'eager' or 'compile'."})
+    train_batch_norm: bool = field(
+        default=False, metadata={"help": "Whether running statistics of batch norms are trained with the adapter."}
+    )
+    block_shapes: Optional[dict[str, dict[str, Any]]] = field(
+        default=None, metadata={"help": "Shapes of the blocks' inputs; filled in when the adapter is made."}
+    )
+    batch_norm_modules: Optional[list[str]] = field(
+        default=None, metadata={"help": "Batch norms with trained statistics; filled in when the adapter is made."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type()
+        for name in ("target_modules", "exclude_modules", "block_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        for name in ("prompt_rank", "side_reduction"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}={value!r} must be a whole number, 0 to switch the part off.")
+        if not (self.use_bias or self.prompt_rank or self.side_reduction):
+            raise ValueError(
+                "Every part is switched off: set use_bias=True, prompt_rank or side_reduction to train something."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern is set without layers_to_transform: name the layers, or drop the pattern.")
+        self.activation_settings()
+        for shape in (self.block_shapes or {}).values():
+            BlockShape.from_dict(shape)
+
+    def activation_settings(self) -> ActivationSettings:
+        """The settings that `activation_bits` and `activation_backend` stand for."""
+        return ActivationSettings.from_config(self.activation_bits, self.activation_backend)
+
+    def save_pretrained(self, save_directory: Union[str, os.PathLike[str]], **kwargs: Any) -> None:
+        """Saves `adapter_config.json`, and in `README.md` how the adapter is loaded."""
+        super().save_pretrained(str(save_directory), **kwargs)
+        add_usage(save_directory, self.base_model_name_or_path)
