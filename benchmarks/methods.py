@@ -42,9 +42,8 @@ def _lora(model: BenchmarkModel, config: dict[str, Any], targets: list[str]) -> 
 
 
 def _lora_qv(model: BenchmarkModel, config: dict[str, Any]) -> nn.Module:
-    targets = [
-        name for name, module in model.module.named_modules() if _is_linear(module) and _QUERY_VALUE.search(name)
-    ]
+    modules = model.module.named_modules()
+    targets = [name for name, module in modules if isinstance(module, nn.Linear) and _QUERY_VALUE.search(name)]
     if not targets:
         raise NotApplicableError("the model has no query and value projections")
     return _lora(model, config, targets)
@@ -52,31 +51,31 @@ def _lora_qv(model: BenchmarkModel, config: dict[str, Any]) -> nn.Module:
 
 def _lora_all(model: BenchmarkModel, config: dict[str, Any]) -> nn.Module:
     """LoRA on every linear layer and every ungrouped convolution, the head excepted (it is trained in full)."""
-    targets = [
-        name
-        for name, module in model.module.named_modules()
-        if name not in model.heads
-        and (_is_linear(module) or (isinstance(module, nn.Conv2d) and module.groups == 1 and not _is_vit(model)))
-    ]
+    modules = [(name, module) for name, module in model.module.named_modules() if name not in model.heads]
+    targets = [name for name, module in modules if isinstance(module, nn.Linear)]
+    convolutions = [name for name, module in modules if isinstance(module, nn.Conv2d) and module.groups == 1]
+    if len(convolutions) > 1:  # a single one is the patch embedding, which LoRA on all linear layers leaves alone
+        targets += convolutions
     return _lora(model, config, targets)
 
 
 def _lora_checkpointing(model: BenchmarkModel, config: dict[str, Any]) -> nn.Module:
-    if model.from_transformers:
-        if not getattr(model.module, "supports_gradient_checkpointing", False):
-            raise NotApplicableError("the model class has no gradient checkpointing")
-        if hasattr(model.module, "activation_checkpointing_enable"):
-            model.module.activation_checkpointing_enable({"use_reentrant": False})
-        else:
-            model.module.gradient_checkpointing_enable({"use_reentrant": False})
-    elif hasattr(model.module, "set_grad_checkpointing"):
-        model.module.set_grad_checkpointing(True)
-    else:
+    base = model.module
+    supported = getattr(base, "supports_gradient_checkpointing", hasattr(base, "set_grad_checkpointing"))
+    if not supported:
         raise NotApplicableError("the model class has no gradient checkpointing")
     try:
-        return _lora_qv(model, config)
+        adapted = _lora_qv(model, config)
     except NotApplicableError:
-        return _lora_all(model, config)
+        adapted = _lora_all(model, config)
+    # switched on last: PEFT would ask for gradients of the embeddings, which non-reentrant checkpoints do not need
+    if hasattr(base, "activation_checkpointing_enable"):
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    elif hasattr(base, "gradient_checkpointing_enable"):
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        base.set_grad_checkpointing(True)
+    return adapted
 
 
 def _s2a(model: BenchmarkModel, config: dict[str, Any]) -> nn.Module:
@@ -85,15 +84,6 @@ def _s2a(model: BenchmarkModel, config: dict[str, Any]) -> nn.Module:
     from peft_s2a import S2AConfig
 
     return get_peft_model(model.module, S2AConfig(**{"modules_to_save": model.heads} | config))
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
-
-
-def _is_vit(model: BenchmarkModel) -> bool:
-    """Whether convolutions are only the patch embedding, which LoRA on all linear layers leaves alone."""
-    return sum(isinstance(module, nn.Conv2d) for module in model.module.modules()) == 1
 
 
 METHODS: dict[str, Callable[[BenchmarkModel, dict[str, Any]], nn.Module]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from methods import LEARNING_RATES, METHODS, MethodOptions, parse_bits
 from transformers import TrainingArguments
 
@@ -92,6 +93,8 @@ class ExampleTrainingArguments(TrainingArguments):
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of linear warm-up, or their share when below 1."})
     # the image column is read by a transform: the Trainer must not drop it for not being an argument of the model
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "Experiment trackers."})
+    dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Pin memory of batches."})
+    # HfArgumentParser reads a union of three only with None in front
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Experiment trackers."})  # noqa: RUF036
     save_strategy: str = field(default="no", metadata={"help": "Checkpoints during training: no, epoch or steps."})
     logging_steps: float = field(default=20, metadata={"help": "Log the loss every that many steps."})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def cache_dir(override: str | os.PathLike[str] | None = None) -> Path:
-    """The cache folder: `override`, else `$PEFT_S2A_CACHE`, else `$XDG_CACHE_HOME/peft_s2a`, else `~/.cache/peft_s2a`."""
+    """`override`, else `$PEFT_S2A_CACHE`, else `$XDG_CACHE_HOME/peft_s2a`, else `~/.cache/peft_s2a`."""
     if override is not None:
         return Path(override).expanduser()
     if own := os.environ.get("PEFT_S2A_CACHE"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
@@ -45,7 +46,8 @@ def rename_to_timm(checkpoint: dict[str, torch.Tensor], template: dict[str, torc
 def convert_efficientnet(checkpoint_bytes: bytes, folder: Path) -> None:
     """Write `config.json` and `model.safetensors` into `folder`; the pickle is read with `weights_only=True`."""
     checkpoint = torch.load(io.BytesIO(checkpoint_bytes), map_location="cpu", weights_only=True)
-    config = TimmWrapperConfig(architecture=ARCHITECTURE, num_labels=1000, pretrained_cfg=_PRETRAINED_CFG)
+    fields: dict[str, Any] = {"num_labels": 1000, "pretrained_cfg": _PRETRAINED_CFG}
+    config = TimmWrapperConfig(architecture=ARCHITECTURE, **fields)
     model = TimmWrapperForImageClassification(config)
     model.timm_model.load_state_dict(rename_to_timm(checkpoint, model.timm_model.state_dict()), strict=True)
     model.save_pretrained(folder)

@@ -1,13 +1,13 @@
 """Image classification data sets as a `datasets.DatasetDict` with splits `train`, `test` and columns `image`, `label`.
 
-| name                      | what                                                             | from                           |
-|---------------------------|------------------------------------------------------------------|--------------------------------|
-| `digits`                  | 1,797 grey 8x8 digits, 70/30 split                               | inside scikit-learn            |
-| `fashion-mnist`           | 60,000 + 10,000 grey 28x28 pieces of clothing                    | Debian `dataset-fashion-mnist` |
-| `clip-art`                | drawings in ten classes, random 70/30 split                      | two Debian packages            |
-| `openclipart-to-tuxpaint` | the same, trained on one collection and tested on the other      | two Debian packages            |
-| a folder                  | one folder per class, or `train/` and `test/` with such folders  | your disk                      |
-| anything else             | `datasets.load_dataset(name)`                                    | the hub, or `datasets`' cache  |
+| name                      | what                                         | from                           |
+|---------------------------|----------------------------------------------|--------------------------------|
+| `digits`                  | 1,797 grey 8x8 digits, 70/30 split           | inside scikit-learn            |
+| `fashion-mnist`           | 60,000 + 10,000 grey 28x28 images            | Debian `dataset-fashion-mnist` |
+| `clip-art`                | drawings in ten classes, random 70/30 split  | two Debian packages            |
+| `openclipart-to-tuxpaint` | trained on one collection, tested on another | two Debian packages            |
+| a folder                  | one folder per class, or train/ and test/    | your disk                      |
+| anything else             | `datasets.load_dataset(name)`                | the hub, or `datasets`' cache  |
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-FASHION_CLASSES = "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split()
+FASHION_CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot"]
 TEST_SHARE = 0.3
 SPLIT_SEED = 0
 

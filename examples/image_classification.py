@@ -44,16 +44,17 @@ Parsed = tuple[ModelArguments, DataTrainingArguments, MethodArguments, ExampleTr
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> Parsed:
     """Read the command line, or a JSON file when that is the only argument, as Hugging Face's scripts do."""
-    parser = HfArgumentParser((ModelArguments, DataTrainingArguments, MethodArguments, ExampleTrainingArguments))
+    groups: Any = (ModelArguments, DataTrainingArguments, MethodArguments, ExampleTrainingArguments)
+    parser = HfArgumentParser(groups)
     given = list(sys.argv[1:] if arguments is None else arguments)
     if len(given) == 1 and given[0].endswith(".json"):
-        parsed = parser.parse_json_file(json_file=str(Path(given[0]).resolve()))
+        parsed: Any = parser.parse_json_file(json_file=str(Path(given[0]).resolve()))
     else:
         parsed = parser.parse_args_into_dataclasses(args=given)
-    training, method = parsed[3], parsed[2]
+    model, data, method, training = parsed
     if training.learning_rate is None:
         training.learning_rate = LEARNING_RATES[method.method]
-    return parsed
+    return model, data, method, training
 
 
 def prepare_data(options: DataTrainingArguments, cache: str | None, seed: int) -> DatasetDict:

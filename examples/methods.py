@@ -17,7 +17,7 @@ METHODS = ("s2a", "lora", "lora_checkpointing", "full", "linear_probe")
 TITLES = {
     "s2a": "S2A",
     "lora": "LoRA",
-    "lora_checkpointing": "LoRA + gradient checkpointing",
+    "lora_checkpointing": "LoRA + checkpointing",
     "full": "full fine-tuning",
     "linear_probe": "linear probe",
 }
@@ -30,13 +30,13 @@ _ATTENTION = re.compile(r"(^|[._])(query|value|q_proj|v_proj|q|v|qkv|c_attn)$")
 class MethodOptions:
     """What can be chosen about a method; `activation_bits` None keeps S2A's activations exactly."""
 
-    activation_bits: int | dict[str, int] | None = 4
+    activation_bits: int | dict[str, int | None] | None = 4
     prompt_rank: int = 8
     side_reduction: int = 16
     lora_rank: int = 8
 
 
-def parse_bits(text: str) -> int | dict[str, int] | None:
+def parse_bits(text: str) -> int | dict[str, int | None] | None:
     """`"4"` → 4, `"none"` → None (exact), `'{"gelu": 2}'` → a dictionary. Raises `ValueError` for anything else."""
     if text.lower() in ("none", "exact"):
         return None

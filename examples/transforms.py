@@ -7,19 +7,18 @@ from typing import Any
 
 import torch
 from torchvision import transforms as tv
-from transformers import BaseImageProcessor
 
 
-def processor_size(processor: BaseImageProcessor) -> int:
+def processor_size(processor: Any) -> int:
     """Side of the square images the checkpoint was made for, in pixels."""
     if data_config := getattr(processor, "data_config", None):  # timm
         return int(data_config["input_size"][-1])
-    size = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
-    size = dict(size or processor.size)
-    return int(size.get("height") or size.get("shortest_edge"))
+    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+    size: dict[str, int] = dict(crop or processor.size)
+    return size["height"] if "height" in size else size["shortest_edge"]
 
 
-def processor_normalisation(processor: BaseImageProcessor) -> Callable[[torch.Tensor], torch.Tensor]:
+def processor_normalisation(processor: Any) -> Any:
     """The checkpoint's normalisation of images in 0..1."""
     if data_config := getattr(processor, "data_config", None):
         return tv.Normalize(data_config["mean"], data_config["std"])
@@ -28,7 +27,7 @@ def processor_normalisation(processor: BaseImageProcessor) -> Callable[[torch.Te
     return tv.Normalize(processor.image_mean, processor.image_std)
 
 
-def batch_transform(processor: BaseImageProcessor, size: int | None, augment: bool = False) -> Callable[..., Any]:
+def batch_transform(processor: Any, size: int | None, augment: bool = False) -> Callable[..., Any]:
     """A transform for `Dataset.with_transform`: adds `pixel_values` (3, size, size) to a batch of `image`, `label`.
 
     `size` None takes the processor's. `augment` crops and flips at random, which suits photographs but not digits.

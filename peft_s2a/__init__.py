@@ -8,7 +8,6 @@ from .settings import ActivationSettings
 from .structure import BlockShape
 from .tuner import S2AConfig, S2AModel, register
 
-
 __version__ = "0.1.0"
 
 register(S2AConfig, S2AModel)

@@ -80,16 +80,16 @@ class ActivationInterceptor:
 
     def __init__(self) -> None:
         self.layer: BaseTunerLayer | None = None
-        self._settings: dict[str, ActivationSettings] = {}
+        self._modes: dict[str, ActivationMode] = {}
         self._handles: dict[nn.Module, tuple[RemovableHandle, ...]] = {}
         self._entered: list[ActivationMode | None] = []
 
     def set_adapter_settings(self, adapter_name: str, settings: ActivationSettings) -> None:
         """Sets what is kept while `adapter_name` is active."""
-        self._settings[adapter_name] = settings
+        self._modes[adapter_name] = ActivationMode(settings)
 
     def delete_adapter_settings(self, adapter_name: str) -> None:
-        self._settings.pop(adapter_name, None)
+        self._modes.pop(adapter_name, None)
 
     def attach(self, module: nn.Module) -> None:
         """Registers the entering and the leaving hook on `module`; a second call for a module does nothing.
@@ -109,18 +109,20 @@ class ActivationInterceptor:
         self._handles.clear()
 
     @property
-    def active_settings(self) -> ActivationSettings | None:
-        """Settings of the first active adapter that has some, or None."""
+    def active_mode(self) -> ActivationMode | None:
+        """The mode of the first active adapter that has one, or None."""
         if self.layer is None or self.layer.disable_adapters:
             return None
-        return next((self._settings[name] for name in self.layer.active_adapters if name in self._settings), None)
+        for name in self.layer.active_adapters:
+            if name in self._modes:
+                return self._modes[name]
+        return None
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         mode = None
-        if module.training and torch.is_grad_enabled() and not any(self._entered):
-            settings = self.active_settings
-            if settings is not None:
-                mode = ActivationMode(settings)
+        if module.training and torch.is_grad_enabled() and not any(entered is not None for entered in self._entered):
+            mode = self.active_mode
+            if mode is not None:
                 mode.__enter__()
         self._entered.append(mode)
 

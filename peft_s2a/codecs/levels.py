@@ -36,14 +36,12 @@ class LevelTable:
 
 
 def reference_density(x: Tensor) -> Tensor:
-    """Density of an operator's input for which levels are chosen: a unit normal with a wider one below it.
+    """Density of an operator's input for which levels are chosen: a normal of deviation 2.
 
-    Pre-activations of trained backbones are wider than those of random ones, and most of them are negative; the mixture
-    keeps the tails, where the derivative is all but constant, from being biased.
+    Pre-activations of trained backbones are wider than a unit normal; levels for too narrow a density are biased in the
+    tails, where the derivative is all but constant and most inputs are.
     """
-    narrow = torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)
-    wide = torch.exp(-0.5 * (x / 3).square()) / (3 * math.sqrt(2 * math.pi))
-    return 0.5 * narrow + 0.5 * wide
+    return torch.exp(-0.125 * x.square()) / math.sqrt(8 * math.pi)
 
 
 def optimal_clusters(values: Tensor, weights: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
@@ -100,10 +98,16 @@ def level_table(derivative: Derivative, num_bits: int) -> LevelTable:
     return LevelTable(labels.to(torch.uint8), means.float())
 
 
+@torch.compiler.assume_constant_result
 @functools.lru_cache(maxsize=256)
-def _table_on(derivative: Derivative, num_bits: int, device: torch.device) -> LevelTable:
-    table = level_table(derivative, num_bits)
-    return LevelTable(table.cell_codes.to(device), table.levels.to(device))
+def _cell_codes_on(derivative: Derivative, num_bits: int, device: torch.device) -> Tensor:
+    return level_table(derivative, num_bits).cell_codes.to(device)
+
+
+@torch.compiler.assume_constant_result
+@functools.lru_cache(maxsize=256)
+def _levels_on(derivative: Derivative, num_bits: int, device: torch.device) -> Tensor:
+    return level_table(derivative, num_bits).levels.to(device)
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ class DerivativeCodec:
         return ROW
 
     def encode(self, values: Tensor) -> Kept:
-        table = _table_on(self.derivative, self.num_bits, values.device)
+        cell_codes = _cell_codes_on(self.derivative, self.num_bits, values.device)
         rows = math.ceil(values.numel() / ROW)
         padding = rows * ROW - values.numel()
         if padding:
@@ -130,14 +134,14 @@ class DerivativeCodec:
         cells = values.float() * (_CELLS / (2 * _RANGE)) + _CELLS / 2
         poison = (cells.view(rows, ROW).sum(1) * 0).to(torch.bfloat16)
         index = cells.nan_to_num_(nan=0.0).clamp_(0, _CELLS - 1).to(torch.int32)
-        codes = table.cell_codes.index_select(0, index.view(-1))
+        codes = cell_codes.index_select(0, index.view(-1))
         return pack(codes.view(rows, ROW), self.num_bits), poison
 
     def decode(self, kept: Kept, numel: int, dtype: torch.dtype) -> Tensor:
         packed, poison = kept
-        table = _table_on(self.derivative, self.num_bits, packed.device)
+        table = _levels_on(self.derivative, self.num_bits, packed.device)
         codes = unpack(packed, self.num_bits, ROW).view(-1).to(torch.int32)
-        levels = table.levels.index_select(0, codes).view(-1, ROW)
+        levels = table.index_select(0, codes).view(-1, ROW)
         return (levels + poison.float().unsqueeze(1)).view(-1)[:numel].to(dtype)
 
 

@@ -46,6 +46,10 @@ class RecipeBook:
     def __init__(self) -> None:
         self._recipes = WeakTensorKeyDictionary()
 
+    def __reduce__(self) -> tuple[type[RecipeBook], tuple[()]]:
+        # copies and pickles of a model start without recipes: they belong to tensors of this process
+        return RecipeBook, ()
+
     def get(self, tensor: Tensor) -> Recipe | None:
         found: Recipe | None = self._recipes.get(tensor)
         return found

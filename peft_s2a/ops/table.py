@@ -277,7 +277,7 @@ def _attention(
     options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     codec = ChannelAffineCodec(context.bits("attention") or 0)
     recipe = None
-    if attn_mask is not None and not attn_mask.requires_grad:
+    if attn_mask is not None and not attn_mask.requires_grad and not torch.compiler.is_compiling():
         recipe = context.recipes.get(attn_mask)
     if query.dim() == 4:
         return attention(query, key, value, attn_mask, options, codec, recipe)

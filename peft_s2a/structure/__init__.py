@@ -2,17 +2,14 @@
 
 from .bias import BiasSlot, bias_slots, call_with_bias_deltas, find_channel_dim, is_batch_norm, is_supported
 from .layout import BlockShape, Layout
-from .prompt import prompt_for, interpolate_rows, resolve_grid
-from .side import SideWeights, side_for, channel_average_pool, pooled_width
-
+from .prompt import interpolate_rows, prompt_for, resolve_grid
+from .side import SideWeights, channel_average_pool, pooled_width, side_for
 
 __all__ = [
     "BiasSlot",
     "BlockShape",
     "Layout",
     "SideWeights",
-    "prompt_for",
-    "side_for",
     "bias_slots",
     "call_with_bias_deltas",
     "channel_average_pool",
@@ -21,5 +18,7 @@ __all__ = [
     "is_batch_norm",
     "is_supported",
     "pooled_width",
+    "prompt_for",
     "resolve_grid",
+    "side_for",
 ]

@@ -18,7 +18,6 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-
 NORM_NAMES = ("batchnorm", "groupnorm", "layernorm", "rmsnorm")
 """A layer whose class name contains one of these, with a per-channel weight, counts as a norm."""
 
@@ -84,7 +83,9 @@ def _bias_width(layer: nn.Module) -> int:
     normalized_shape = getattr(layer, "normalized_shape", None)
     if normalized_shape is not None:
         return int(torch.Size(normalized_shape).numel())
-    raise ValueError(f"The number of channels of {type(layer).__name__} cannot be found; leave it out of target_modules.")
+    raise ValueError(
+        f"The number of channels of {type(layer).__name__} cannot be found; leave it out of target_modules."
+    )
 
 
 def _holder(layer: nn.Module, name: str) -> dict[str, Any] | None:
@@ -127,7 +128,7 @@ def find_channel_dim(layer: nn.Module) -> int:
 def merged_bias(layer: nn.Module, slot: BiasSlot, delta: torch.Tensor) -> torch.Tensor:
     """Bias plus delta, added in the wider of both dtypes and returned in the layer's dtype, shape (channels)."""
     owner = layer.get_submodule(slot.owner)
-    bias = getattr(owner, slot.name, None)
+    bias: torch.Tensor | None = getattr(owner, slot.name, None)
     if bias is not None:
         total = bias.to(torch.promote_types(bias.dtype, delta.dtype)) + delta.reshape(bias.shape)
         return total.to(bias.dtype)
@@ -165,8 +166,5 @@ def call_with_bias_deltas(
         if not slot.in_place:
             shape = [1] * output.dim()
             shape[find_channel_dim(layer)] = slot.width
-            if delta.numel() == output.shape[-1] or find_channel_dim(layer) == 1:
-                output = output + delta.to(output.dtype).view(shape)
-            else:
-                output = output + delta.to(output.dtype).view(layer.normalized_shape)
+            output = output + delta.to(output.dtype).view(shape)
     return output

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-
 Layout = Literal["tokens", "channels_last", "channels_first"]
 
 LAYOUTS: tuple[Layout, ...] = ("tokens", "channels_last", "channels_first")
@@ -61,7 +60,8 @@ class BlockShape:
             ValueError: for missing or unknown keys.
         """
         try:
-            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            return cls(**fields)
         except TypeError as error:
             raise ValueError(
                 f"block_shapes has the entry {dict(values)!r}; an entry needs layout, channels, out_channels and "

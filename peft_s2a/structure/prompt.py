@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from .layout import BlockShape
 
-
 INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
@@ -33,7 +32,8 @@ def interpolate_rows(
         return rows
     extra, patches = rows[:num_extra], rows[num_extra:]
     patches = patches.T.reshape(1, rows.shape[1], *grid)
-    patches = F.interpolate(patches.float(), size=new_grid, mode=INTERPOLATION[len(grid)], align_corners=False)
+    wide = torch.promote_types(patches.dtype, torch.float32)
+    patches = F.interpolate(patches.to(wide), size=new_grid, mode=INTERPOLATION[len(grid)], align_corners=False)
     return torch.cat([extra, patches.flatten(2)[0].T.to(rows.dtype)])
 
 
@@ -55,9 +55,7 @@ def resolve_grid(num_tokens: int, shape: BlockShape, image_size: tuple[int, ...]
     if same_length and (not image_size or not shape.image_size or image_size == shape.image_size):
         return shape.grid
     if image_size and len(image_size) == len(shape.image_size) == len(shape.grid):
-        scaled = [
-            size * cells / old for size, cells, old in zip(image_size, shape.grid, shape.image_size, strict=True)
-        ]
+        scaled = [size * cells / old for size, cells, old in zip(image_size, shape.grid, shape.image_size, strict=True)]
         rounded = ({round(s), math.floor(s), math.ceil(s)} for s in scaled)
         fitting = [grid for grid in itertools.product(*rounded) if math.prod(grid) == num_patches]
         if fitting:

@@ -6,6 +6,7 @@ the D/s channels, and its output is added to the block's output. Backward keeps 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -61,7 +62,9 @@ def _pool_positions(small: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor
     """Averages channels-last features (B, *sizes_in, d) to (B, *sizes, d)."""
     if tuple(small.shape[1:-1]) == sizes:
         return small
-    pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(sizes)]
+    pool: Callable[..., torch.Tensor] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[
+        len(sizes)
+    ]
     return pool(small.movedim(-1, 1), sizes if len(sizes) > 1 else sizes[0]).movedim(1, -1)
 
 

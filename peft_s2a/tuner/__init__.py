@@ -7,7 +7,6 @@ from .layer import AttentionBiasLayer, BiasLayer, S2ALayer
 from .model import S2AModel
 from .registration import register
 
-
 __all__ = [
     "AttentionBiasLayer",
     "BatchNormLayer",

@@ -12,7 +12,6 @@ from .image_size import ImageSize
 from .layer import S2ALayer
 from .matching import is_own, is_saved_whole, matches_names
 
-
 INTERCEPTOR = "_s2a_interceptor"
 IMAGE_SIZE = "_s2a_image_size"
 
@@ -46,7 +45,9 @@ def install(model: nn.Module, adapter_name: str, config: S2AConfig) -> None:
         if matches_names(config.block_modules, name) and not is_own(name):
             activation.attach(module)
     trained = {
-        module for name, module in model.named_modules() if is_saved_whole(config, name) or ".modules_to_save." in f".{name}."
+        module
+        for name, module in model.named_modules()
+        if is_saved_whole(config, name) or ".modules_to_save." in f".{name}."
     }
     hold_batch_norms(model, trained)
 

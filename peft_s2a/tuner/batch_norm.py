@@ -14,7 +14,6 @@ from .config import S2AConfig
 from .discovery import unwrap
 from .layer import AttentionBiasLayer, BiasLayer
 
-
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 

@@ -16,7 +16,6 @@ from .layer import S2ALayer
 from .matching import CHILD_NAME
 from .tensors import first_tensor, replace_argument, replace_first
 
-
 PROMPT_LEAVES = ("s2a_prompt_a", "s2a_prompt_b")
 SIDE_LEAVES = ("s2a_side_down_weight", "s2a_side_down_bias", "s2a_side_up_weight", "s2a_side_up_bias")
 INIT_STD = 0.02
@@ -34,8 +33,8 @@ class BlockAdapter(nn.Module, S2ALayer):
 
     adapter_layer_names: tuple[str, ...] = (*PROMPT_LEAVES, *SIDE_LEAVES)
     other_param_names: tuple[str, ...] = ("shapes", "reductions")
-    weight = None  # a tuner layer without a base layer: PEFT's properties would look for one for ever
-    bias = None
+    weight: Any = None  # a tuner layer without a base layer: PEFT's properties would look for one for ever
+    bias: Any = None
 
     def __init__(self, block: nn.Module, image_size: ImageSize) -> None:
         super().__init__()
@@ -47,6 +46,10 @@ class BlockAdapter(nn.Module, S2ALayer):
         self._block = (block,)
         self._disable_adapters = False
         self.merged_adapters = []
+
+    def _leaf(self, name: str) -> nn.ParameterDict:
+        leaf: nn.ParameterDict = getattr(self, name)
+        return leaf
 
     def update_layer(self, adapter_name: str, shape: BlockShape, config: S2AConfig) -> None:
         """Adds the adapter, or makes it anew."""
@@ -90,7 +93,7 @@ class BlockAdapter(nn.Module, S2ALayer):
             return None
         y = x
         for name in names:
-            a, b = self.s2a_prompt_a[name], self.s2a_prompt_b[name]
+            a, b = (self._leaf(leaf)[name] for leaf in PROMPT_LEAVES)
             y = y + prompt_for(x, a, b, self.shapes[name], self.image_size.current)
         return replace_argument(args, kwargs, x, y)
 
@@ -102,7 +105,7 @@ class BlockAdapter(nn.Module, S2ALayer):
             return None
         total = y
         for name in names:
-            weights = SideWeights(*(getattr(self, leaf)[name] for leaf in SIDE_LEAVES))
+            weights = SideWeights(*(self._leaf(leaf)[name] for leaf in SIDE_LEAVES))
             total = total + side_for(x, y, weights, self.shapes[name], self.reductions[name])
         return replace_first(output, y, total)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Any
 
 from peft import PeftConfig
 
@@ -44,22 +44,22 @@ class S2AConfig(PeftConfig):
         ValueError: for values outside these.
     """
 
-    target_modules: Optional[Union[list[str], str]] = field(
+    target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Layers with a bias delta: names, a regex, 'all-linear' or None for all."}
     )
-    exclude_modules: Optional[Union[list[str], str]] = field(
+    exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Layers and blocks to leave alone: names or a regex."}
     )
-    modules_to_save: Optional[list[str]] = field(
+    modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained and saved whole, such as the head."}
     )
-    layers_to_transform: Optional[Union[list[int], int]] = field(
+    layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers to adapt."}
     )
-    layers_pattern: Optional[Union[list[str], str]] = field(
+    layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the container that layers_to_transform counts in."}
     )
-    block_modules: Optional[Union[list[str], str]] = field(
+    block_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Blocks with prompt and side branch: names, a regex or None to find them."}
     )
     use_bias: bool = field(default=True, metadata={"help": "Whether bias deltas are trained."})
@@ -68,17 +68,17 @@ class S2AConfig(PeftConfig):
         default=16, metadata={"help": "Channels averaged into one for the side branch; 0 switches it off."}
     )
     init_weights: bool = field(default=True, metadata={"help": "Whether the adapter starts as the identity."})
-    activation_bits: Optional[Union[int, dict[str, Optional[int]]]] = field(
+    activation_bits: int | dict[str, int | None] | None = field(
         default=4, metadata={"help": "Bits per kept element: 1, 2, 3, 4, 6, 8, {kind: bits} or None for exact."}
     )
     activation_backend: str = field(default="auto", metadata={"help": "'auto', 'eager' or 'compile'."})
     train_batch_norm: bool = field(
         default=False, metadata={"help": "Whether running statistics of batch norms are trained with the adapter."}
     )
-    block_shapes: Optional[dict[str, dict[str, Any]]] = field(
+    block_shapes: dict[str, dict[str, Any]] | None = field(
         default=None, metadata={"help": "Shapes of the blocks' inputs; filled in when the adapter is made."}
     )
-    batch_norm_modules: Optional[list[str]] = field(
+    batch_norm_modules: list[str] | None = field(
         default=None, metadata={"help": "Batch norms with trained statistics; filled in when the adapter is made."}
     )
 
@@ -107,7 +107,7 @@ class S2AConfig(PeftConfig):
         """The settings that `activation_bits` and `activation_backend` stand for."""
         return ActivationSettings.from_config(self.activation_bits, self.activation_backend)
 
-    def save_pretrained(self, save_directory: Union[str, os.PathLike[str]], **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Saves `adapter_config.json`, and in `README.md` how the adapter is loaded."""
         super().save_pretrained(str(save_directory), **kwargs)
         add_usage(save_directory, self.base_model_name_or_path)

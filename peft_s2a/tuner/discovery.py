@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ..structure import is_supported
 
-
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 HEAD_NAMES = ("classifier", "head", "heads", "fc", "score")
 """Attributes of a model that hold its head, where the model itself does not say which module it is."""
@@ -21,7 +20,10 @@ HEAD_NAMES = ("classifier", "head", "heads", "fc", "score")
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module below adapters."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) and hasattr(module, "base_layer") else module
+    if isinstance(module, BaseTunerLayer) and hasattr(module, "base_layer"):
+        base: nn.Module = module.get_base_layer()
+        return base
+    return module
 
 
 def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -34,7 +36,7 @@ def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if any(name.startswith(prefix) for prefix in hidden):
             continue
         base = unwrap(module)
-        if isinstance(module, BaseTunerLayer) and base is module:
+        if isinstance(module, BaseTunerLayer) and not hasattr(module, "base_layer"):
             hidden.append(f"{name}.")
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) or isinstance(base, nn.MultiheadAttention):

@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable
 
 from .config import S2AConfig
 
-
 CHILD_NAME = "s2a"
 """Name of the child module that a block's adapter is; it must not contain the tuner's prefix."""
 

@@ -40,7 +40,7 @@ class S2AModel(BaseTuner):
 
     prefix: str = PREFIX
     tuner_layer_cls = S2ALayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (as PEFT declares it)
 
     _names_to_merge: list[str] | None = None
 
@@ -64,16 +64,17 @@ class S2AModel(BaseTuner):
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=state_dict,
         )
-        attachments.install(model, adapter_name, self.peft_config[adapter_name])
+        config: Any = self.peft_config[adapter_name]
+        attachments.install(model, adapter_name, config)
 
-    def _prepare_adapter_config(self, peft_config: S2AConfig, model_config: dict[str, Any]) -> S2AConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config
 
-    def _prepare_model(self, peft_config: S2AConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         resolve(peft_config, model)
 
     @staticmethod
-    def _check_target_module_exists(peft_config: S2AConfig, key: str) -> bool | _ExcludedModule:
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         if is_own(key):
             return False
         if is_excluded(peft_config, key):
@@ -88,7 +89,7 @@ class S2AModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: S2AConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -164,10 +165,10 @@ class S2AModel(BaseTuner):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
-    ) -> nn.Module:
+    ) -> Any:
         self._names_to_merge = adapter_names
         try:
-            model = super()._unload_and_optionally_merge(
+            model: Any = super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
         finally:
@@ -178,7 +179,7 @@ class S2AModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: S2AConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Maps the keys of a checkpoint to the model's.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-
 HEADING = "## How to load this S2A adapter"
 
 SECTION = """{heading}

@@ -10,7 +10,6 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType, register_peft_method
 
-
 TYPE_NAME = "S2A"
 PREFIX = "s2a_"
 PACKAGE = __name__.partition(".")[0]

@@ -30,7 +30,7 @@ def resolve(config: S2AConfig, model: nn.Module) -> None:
 
 def _resolve_targets(config: S2AConfig, model: nn.Module, keys: list[str]) -> None:
     if not config.use_bias:
-        config.target_modules = set()
+        config.target_modules = []
         return
     names = config.target_modules
     all_linear = isinstance(names, str) and names.lower() == "all-linear"
@@ -40,9 +40,9 @@ def _resolve_targets(config: S2AConfig, model: nn.Module, keys: list[str]) -> No
         config.target_modules = exact_pattern(chosen, keys)
         if not chosen:
             raise NoMatchingPeftModuleError(
-                f"{type(model).__name__} has no linear, convolution or norm layer to put a bias delta on (exclude_modules, "
-                "modules_to_save and layers_to_transform considered): name layers in target_modules or set "
-                "use_bias=False."
+                f"{type(model).__name__} has no linear, convolution or norm layer to put a bias delta on "
+                "(exclude_modules, modules_to_save and layers_to_transform considered): name layers in target_modules "
+                "or set use_bias=False."
             )
         return
     if not select(config, names, keys):

@@ -18,7 +18,6 @@ from ..structure import BlockShape, Layout, find_channel_dim, is_supported
 from .discovery import own_modules
 from .tensors import first_tensor
 
-
 BATCH = 2
 MAX_EXTRA_TOKENS = 64
 CURE = "set prompt_rank=0 and side_reduction=0, name other blocks in block_modules, or give block_shapes."
@@ -164,7 +163,7 @@ def _map_layout(first_layer: tuple[nn.Module, torch.Size] | None) -> Layout:
     """Layout of a map, from the layer that works on it first."""
     if first_layer is None:
         return "channels_first"
-    layer, shape = first_layer
+    layer = first_layer[0]
     if isinstance(layer, (nn.Linear, Conv1D)):
         return "channels_last"
     if isinstance(layer, (_ConvNd, _BatchNorm, nn.GroupNorm)) or find_channel_dim(layer) == 1:

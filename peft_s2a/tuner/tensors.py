@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,7 +46,7 @@ def replace_first(value: Any, old: torch.Tensor, new: torch.Tensor) -> Any:
     if isinstance(value, Mapping):
         for key, item in value.items():
             if item is old:
-                replaced = type(value)(value)
-                replaced[key] = new  # type: ignore[index]
+                replaced: Any = copy.copy(value)
+                replaced[key] = new
                 return replaced
     return value

@@ -170,6 +170,19 @@ def test_breakdown_names_modules_and_operators(batch: Tensor) -> None:
     assert not any(s.packed for s in saved)
 
 
+def test_what_a_module_saves_after_its_child_counts_for_the_module(batch: Tensor) -> None:
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.child = after_scale(nn.GELU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.child(x).exp()
+
+    saved = saved_tensors(nn.Sequential(Parent()), batch)
+    assert [(s.module, s.operator) for s in saved] == [("0.child.1", "GeluBackward0"), ("0", "ExpBackward0")]
+
+
 def test_fake_tensors(batch: Tensor) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 

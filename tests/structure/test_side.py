@@ -1,0 +1,81 @@
+"""The lite side branch and channel average pooling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peft_s2a.structure import BlockShape, SideWeights, channel_average_pool, pooled_width, side_for
+
+
+def weights(channels, out_channels, reduction, **options):
+    d = pooled_width(channels, reduction)
+    return SideWeights(
+        torch.randn(d, d, **options),
+        torch.randn(d, **options),
+        torch.randn(out_channels, d, **options),
+        torch.randn(out_channels, **options),
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3, 8, 9, 16])
+@pytest.mark.parametrize("dim", [-1, 1])
+def test_pooling_is_the_mean_of_groups(channels, dim):
+    x = torch.randn(2, 5, channels).movedim(-1, dim)
+    pooled = channel_average_pool(x, 4, dim)
+    expected = torch.stack([group.mean(dim) for group in x.split(4, dim)], dim)
+    assert pooled.shape[dim] == pooled_width(channels, 4)
+    torch.testing.assert_close(pooled, expected)
+
+
+@pytest.mark.parametrize(
+    ("layout", "size", "out"),
+    [
+        ("tokens", (2, 5, 10), (2, 5, 10)),
+        ("tokens", (2, 16, 10), (2, 4, 20)),
+        ("channels_last", (2, 4, 4, 10), (2, 4, 4, 10)),
+        ("channels_first", (2, 10, 4, 4), (2, 10, 4, 4)),
+        ("channels_first", (2, 10, 5, 4), (2, 20, 3, 2)),
+    ],
+)
+def test_output_has_the_block_outputs_shape(layout, size, out):
+    dim = 1 if layout == "channels_first" else -1
+    shape = BlockShape(layout, 10, out[dim], (1,))
+    x, output = torch.randn(size), torch.randn(out)
+    assert side_for(x, output, weights(10, out[dim], 4), shape, 4).shape == output.shape
+
+
+def test_layouts_agree():
+    w = weights(10, 12, 4)
+    x, output = torch.randn(2, 4, 4, 10), torch.randn(2, 2, 2, 12)
+    last = side_for(x, output, w, BlockShape("channels_last", 10, 12, (4, 4)), 4)
+    first = side_for(
+        x.permute(0, 3, 1, 2), output.permute(0, 3, 1, 2), w, BlockShape("channels_first", 10, 12, (4, 4)), 4
+    )
+    torch.testing.assert_close(first.permute(0, 2, 3, 1), last)
+
+
+def test_gradients_in_double_precision():
+    options = {"dtype": torch.float64, "requires_grad": True}
+    x, output = torch.randn(2, 3, 10, **options), torch.randn(2, 3, 10, dtype=torch.float64)
+    shape = BlockShape("tokens", 10, 10, (3,))
+    assert torch.autograd.gradcheck(
+        lambda x, *w: side_for(x, output, SideWeights(*w), shape, 4), (x, *weights(10, 10, 4, **options))
+    )
+
+
+def test_only_narrow_features_are_kept():
+    kept = []
+    shape, w = BlockShape("tokens", 64, 64, (7,)), weights(64, 64, 16, requires_grad=True)
+    x = torch.randn(32, 7, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        side_for(x, x, w, shape, 16)
+    features = [t for t in kept if t.numel() > 64 * 4]
+    assert features
+    assert all(t.numel() == 32 * 7 * 4 for t in features)
+
+
+def test_another_architecture():
+    shape, x = BlockShape("tokens", 8, 8, (3,)), torch.zeros(1, 3, 9)
+    with pytest.raises(ValueError, match="another architecture"):
+        side_for(x, x, weights(8, 8, 4), shape, 4)
