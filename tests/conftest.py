@@ -110,7 +110,9 @@ FAMILIES = {
     "timm-vit": Family(_timm_vit, head="head"),
     "timm-swin": Family(_timm_swin, head="head.fc", layout="channels_last"),
     "timm-resnet": Family(
-        lambda: timm.create_model("resnet18", **RESNET_WIDTHS, layers=[1, 1, 1, 1], num_classes=3),
+        lambda: timm.create_model(
+            "resnet18", **RESNET_WIDTHS, layers=[1, 1, 1, 1], num_classes=3, zero_init_last=False
+        ),
         head="fc",
         image_size=64,
         layout="channels_first",

@@ -98,16 +98,21 @@ def level_table(derivative: Derivative, num_bits: int) -> LevelTable:
     return LevelTable(labels.to(torch.uint8), means.float())
 
 
-@torch.compiler.assume_constant_result
 @functools.lru_cache(maxsize=256)
+def _table_on(derivative: Derivative, num_bits: int, device: torch.device) -> LevelTable:
+    table = level_table(derivative, num_bits)
+    return LevelTable(table.cell_codes.to(device), table.levels.to(device))
+
+
+# tables are constants of a traced graph: plain functions, since the tracer looks through a cache's wrapper
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _cell_codes_on(derivative: Derivative, num_bits: int, device: torch.device) -> Tensor:
-    return level_table(derivative, num_bits).cell_codes.to(device)
+    return _table_on(derivative, num_bits, device).cell_codes
 
 
-@torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=256)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _levels_on(derivative: Derivative, num_bits: int, device: torch.device) -> Tensor:
-    return level_table(derivative, num_bits).levels.to(device)
+    return _table_on(derivative, num_bits, device).levels
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ class SavedTensor:
         dtype: its dtype.
         device: its device.
         bytes: size of the whole storage in bytes (a saved view keeps all of what it is a view of).
-        operator: autograd node that saved it first, e.g. `"GeluBackward0"`; `""` if the node is out of reach.
+        operator: autograd node that saved it first, e.g. `"GeluBackward0"`; `""` if the node can't be reached
+            from the outputs (autograd hides the node of an in-place operator on a view).
         module: path of the innermost module whose forward was running; `""` for the model itself.
         packed: whether saved-tensor hooks inside the model's forward made it (see `saved_tensors`).
     """

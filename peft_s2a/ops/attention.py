@@ -69,12 +69,18 @@ class AttentionFunction(torch.autograd.Function):
         mask = None
         if ctx.has_mask:
             mask = rest[0] if ctx.mask_tree is None else rebuild(ctx.mask_tree, rest)
+        if torch.compiler.is_compiling():
+            q, k, v = (
+                ctx.codec.decode(t, shape, ctx.compute_dtype) for t, shape in zip(kept, ctx.shapes, strict=True)
+            )
+            found = _explicit_backward(q, k, v, mask, ctx.options, grad_output.to(ctx.compute_dtype))
+            return *(g.to(d) if n else None for g, d, n in zip(found, ctx.dtypes, needs, strict=False)), None, None, None, None
         items = ctx.shapes[0][0]
         grads: list[Tensor | None] = [
             torch.empty(shape, dtype=dtype, device=ctx.device) if need else None
             for shape, dtype, need in zip(ctx.shapes, ctx.dtypes, needs, strict=False)
         ]
-        whole = state is not None or needs[3] or torch.compiler.is_compiling()
+        whole = state is not None or needs[3]
         step = items if whole else _items_per_piece(ctx.shapes[0], ctx.shapes[1], ctx.device)
         grad_mask = None
         for start in range(0, items, max(step, 1)):
@@ -98,6 +104,33 @@ class AttentionFunction(torch.autograd.Function):
             if needs[3]:
                 grad_mask = next(found)
         return *grads, grad_mask, None, None, None
+
+
+def _explicit_backward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any], grad_output: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v by formula: traceable, where autograd inside a backward is not. No dropout.
+
+    P = softmax(q k^T scale + mask):  dv = P^T dy,  dS = P (dy v^T - sum(dy v^T P)),  dq = dS k scale,  dk = dS^T q scale
+    """
+    groups = query.shape[1] // key.shape[1] if options["enable_gqa"] else 1
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scale = query.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
+    scores = (query @ key.mT).float() * scale
+    if options["is_causal"]:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    p = torch.softmax(scores, -1)
+    grad_p = (grad_output @ value.mT).float()
+    grad_scores = (p * (grad_p - (grad_p * p).sum(-1, keepdim=True)) * scale).to(query.dtype)
+    grad_query, grad_key = grad_scores @ key, grad_scores.mT @ query
+    grad_value = p.to(query.dtype).mT @ grad_output
+    if groups > 1:
+        grad_key, grad_value = (g.unflatten(1, (-1, groups)).sum(2) for g in (grad_key, grad_value))
+    return grad_query, grad_key, grad_value
 
 
 def attention(

@@ -274,6 +274,8 @@ def _attention(
         return NotImplemented
     if not enable_gqa and not query.shape[-3] == key.shape[-3] == value.shape[-3]:
         return NotImplemented
+    if torch.compiler.is_compiling() and (dropout_p > 0 or (attn_mask is not None and attn_mask.requires_grad)):
+        return NotImplemented  # neither the random state nor a gradient of the mask can be traced
     options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     codec = ChannelAffineCodec(context.bits("attention") or 0)
     recipe = None

@@ -76,6 +76,7 @@ NUMEL = 3 * 8
         pytest.param([nn.LayerNorm(8)], NUMEL + 3 + 3, id="layer norm keeps input, mean, rstd"),
         pytest.param([Lambda(lambda x: x * x)], NUMEL, id="the same tensor twice"),
         pytest.param([Lambda(lambda x: x[:1].exp() + x[1:2].sin())], 8 + NUMEL, id="a view keeps its whole storage"),
+        pytest.param([Lambda(lambda x: x.view(-1).relu_())], NUMEL, id="in place on a view"),
         pytest.param([Lambda(lambda x: x.exp().detach())], 0, id="nothing is kept of a detached graph"),
     ],
 )
