@@ -25,17 +25,21 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+TITLES = {
+    "full": "full fine-tuning",
+    "bias_only": "bias only, stock torch",
+    "lora_all": "LoRA, all layers",
+    "lora_qv": "LoRA q, v",
+    "lora_checkpointing": "LoRA + checkpointing",
+    "linear_probe": "linear probe",
+}
+"""Names of the methods other than S2A, in the order of a table's columns; S2A comes last."""
+
+
 def method_title(record: Record) -> str:
     """What a method is called in a table's header."""
     if record["method"] != "s2a":
-        return {
-            "full": "full fine-tuning",
-            "linear_probe": "linear probe",
-            "bias_only": "bias only, stock torch",
-            "lora_qv": "LoRA q, v",
-            "lora_all": "LoRA, all layers",
-            "lora_checkpointing": "LoRA + checkpointing",
-        }[record["method"]]
+        return TITLES[record["method"]]
     bits: Any = record["bits"]
     return "S2A, exact" if bits is None else f"S2A, {bits} bits" if isinstance(bits, int) else "S2A, mixed bits"
 
@@ -46,12 +50,13 @@ def model_title(record: Record) -> str:
     return record["model"] + (", frozen BatchNorm" if frozen else "")
 
 
-def memory_table(field: str, dtype: str = "float32") -> str:
+def memory_table(field: str, dtype: str = "float32", batch: int | None = None) -> str:
     """Models down, methods across; the newest result of each counts.
 
     Args:
         field: `"kept_mb_per_image"` or `"peak_mb_per_image"`.
         dtype: dtype of weights and activations.
+        batch: only results of this batch size; the peak depends on it, as gradients are shared by all images.
     """
     cells: dict[tuple[str, str], str] = {}
     rows: dict[str, None] = {}
@@ -60,9 +65,13 @@ def memory_table(field: str, dtype: str = "float32") -> str:
         extra = set(record["config"]) - {"activation_bits", "train_batch_norm"}
         if record["dtype"] != dtype or record[field] is None or extra:
             continue
+        if batch is not None and record["batch"] != batch:
+            continue
         row, column = model_title(record), method_title(record)
         rows[row] = columns[column] = None
         cells[row, column] = f"{record[field]:.1f}"
+    known = [title for title in TITLES.values() if title in columns]
+    columns = dict.fromkeys([*known, *columns])
     return markdown_table(
         ["MB per image", *columns], [[row, *[cells.get((row, column), "–") for column in columns]] for row in rows]
     )
@@ -71,8 +80,8 @@ def memory_table(field: str, dtype: str = "float32") -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "memory": lambda: memory_table("kept_mb_per_image"),
     "memory-bf16": lambda: memory_table("kept_mb_per_image", "bfloat16"),
-    "peak": lambda: memory_table("peak_mb_per_image"),
-    "peak-bf16": lambda: memory_table("peak_mb_per_image", "bfloat16"),
+    "peak": lambda: memory_table("peak_mb_per_image", batch=8),
+    "peak-bf16": lambda: memory_table("peak_mb_per_image", "bfloat16", batch=8),
 }
 """Renderer of each table's name."""
 

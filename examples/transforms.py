@@ -15,7 +15,7 @@ def processor_size(processor: Any) -> int:
         return int(data_config["input_size"][-1])
     crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
     size: dict[str, int] = dict(crop or processor.size)
-    return size["height"] if "height" in size else size["shortest_edge"]
+    return size.get("height") or size["shortest_edge"]
 
 
 def processor_normalisation(processor: Any) -> Any:

@@ -71,6 +71,35 @@ class ActivationMode(TorchFunctionMode):
         return result
 
 
+class _InMode:
+    """A function that runs in the interceptor's mode, also when nothing around it has entered it."""
+
+    def __init__(self, function: Callable[..., Any], interceptor: ActivationInterceptor) -> None:
+        self.function = function
+        self.interceptor = interceptor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mode = self.interceptor.mode_to_enter()
+        if mode is None:
+            return self.function(*args, **kwargs)
+        with mode:
+            return self.function(*args, **kwargs)
+
+
+class _CheckpointInMode:
+    """A module's checkpointing function (transformers), which recomputes `forward` alone, without the module's hooks."""
+
+    def __init__(self, checkpoint: Callable[..., Any], interceptor: ActivationInterceptor) -> None:
+        self.checkpoint = checkpoint
+        self.interceptor = interceptor
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.checkpoint(_InMode(function, self.interceptor), *args, **kwargs)
+
+
+_CHECKPOINT = "_gradient_checkpointing_func"
+
+
 class ActivationInterceptor:
     """The hooks of one base model.
 
@@ -103,9 +132,13 @@ class ActivationInterceptor:
 
     def detach(self) -> None:
         """Removes every hook."""
-        for handles in self._handles.values():
+        for module, handles in self._handles.items():
             for handle in handles:
                 handle.remove()
+            for child in module.modules():
+                checkpoint = vars(child).get(_CHECKPOINT)
+                if isinstance(checkpoint, _CheckpointInMode):
+                    setattr(child, _CHECKPOINT, checkpoint.checkpoint)
         self._handles.clear()
 
     @property
@@ -118,13 +151,25 @@ class ActivationInterceptor:
                 return self._modes[name]
         return None
 
+    def mode_to_enter(self) -> ActivationMode | None:
+        """The active mode where one is needed and none has been entered."""
+        if not torch.is_grad_enabled() or any(entered is not None for entered in self._entered):
+            return None
+        return self.active_mode
+
     def _enter(self, module: nn.Module, args: Any) -> None:
-        mode = None
-        if module.training and torch.is_grad_enabled() and not any(entered is not None for entered in self._entered):
-            mode = self.active_mode
-            if mode is not None:
-                mode.__enter__()
+        mode = self.mode_to_enter() if module.training else None
+        if mode is not None:
+            if not torch.compiler.is_compiling():
+                self._enter_in_recomputations(module)
+            mode.__enter__()
         self._entered.append(mode)
+
+    def _enter_in_recomputations(self, module: nn.Module) -> None:
+        for child in module.modules():
+            checkpoint = vars(child).get(_CHECKPOINT)
+            if checkpoint is not None and not isinstance(checkpoint, _CheckpointInMode):
+                setattr(child, _CHECKPOINT, _CheckpointInMode(checkpoint, self))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         mode = self._entered.pop()

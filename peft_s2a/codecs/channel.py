@@ -6,6 +6,7 @@ the softmax does not see in the keys.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,7 +55,7 @@ class ChannelAffineCodec:
         else:
             low, high = (t.float() for t in torch.aminmax(tokens_first, dim=1, keepdim=True))
         scale, zero_point = affine_range(low, high, self.num_bits)
-        codes = quantize(tokens_first, scale, zero_point, self.num_bits).reshape(items, tokens_first[0:1].numel())
+        codes = quantize(tokens_first, scale, zero_point, self.num_bits).reshape(items, math.prod(heads.shape[1:]))
         padding = -codes.shape[1] % 8
         if padding:
             codes = torch.nn.functional.pad(codes, (0, padding))

@@ -51,10 +51,8 @@ class MaskedFunction(torch.autograd.Function):
             mask = decode_mask(packed[start // _UNIT : -(-stop // _UNIT)], stop - start)
             piece = grad[start:stop]
             inside = piece if slope == 1 else piece * slope
-            if other_slope == 0:
-                torch.where(mask, inside, 0.0, out=grad_input[start:stop])
-            else:
-                torch.where(mask, inside, piece * other_slope, out=grad_input[start:stop])
+            outside = piece.new_zeros(()) if other_slope == 0 else piece * other_slope
+            torch.where(mask, inside, outside, out=grad_input[start:stop])
         return unflatten(grad_input, grad_output.shape, ctx.permutation), None, None, None, None
 
 

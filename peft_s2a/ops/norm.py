@@ -60,7 +60,7 @@ class NormFunction(torch.autograd.Function):
             mean, rstd = _statistics(piece, eps, centred)
             deviations.append(rstd)
             centre = piece if mean is None else piece - mean
-            return (centre * rstd).view(-1)
+            return (centre * rstd).reshape(-1)
 
         kept = encode_chunked(codec, rows.numel(), rows.device, normalised, unit=width)
         rstd = torch.cat(deviations) if len(deviations) != 1 else deviations[0]

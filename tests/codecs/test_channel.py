@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peft_s2a.codecs.channel import ChannelAffineCodec, IdentityHeadCodec
 from peft_s2a.settings import BIT_LEVELS
 
-TINY = 2.0**-125
+TINY = 1e-36
 
 
 def heads_of(shape: tuple[int, int, int, int], seed: int = 0) -> torch.Tensor:
