@@ -51,9 +51,10 @@ def test_error_is_that_of_the_levels(function: Any, derivative: Derivative, num_
     codec = DerivativeCodec(derivative, num_bits)
     grid = torch.linspace(-10, 10, 20_001)
     worst = (codec.decode(codec.encode(grid), grid.numel(), torch.float32) - derivative(grid)).abs().max()
+    worst += 1.5e-3  # between two points of the grid
     x, grad = leaf(5, 300, scale=2), leaf(5, 300, needs=False)
     (dx,) = torch.autograd.grad(pointwise(x, function, codec), x, grad)
-    assert ((dx - grad * derivative(x.detach())).abs() <= grad.abs() * worst * 1.01 + 1e-6).all()
+    assert ((dx - grad * derivative(x.detach())).abs() <= grad.abs() * worst + 1e-6).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,0 +1,98 @@
+"""Convolutions with a frozen weight: gradients are torch's own and nothing of the input is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from peft_s2a.ops.convolution import convolution
+from peft_s2a.ops.table import TABLE, Context
+from peft_s2a.settings import ActivationSettings
+
+CONTEXT = Context(ActivationSettings())
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "strided": {"stride": 2, "padding": 1},
+    "dilated": {"dilation": 2, "padding": (2, 1)},
+    "grouped": {"groups": 2},
+    "same": {"padding": "same"},
+    "valid": {"padding": "valid", "stride": (2, 1)},
+}
+
+
+def geometry(dimensions: int) -> tuple[Any, ...]:
+    return (1,) * dimensions, (1,) * dimensions, (1,) * dimensions, False, (0,) * dimensions, 1
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_gradcheck(dimensions: int, needs: tuple[bool, bool], leaf: Any) -> None:
+    x = leaf(2, 3, *(4,) * dimensions, dtype=torch.double, needs=needs[0])
+    weight = leaf(2, 3, *(3,) * dimensions, dtype=torch.double, needs=False)
+    bias = leaf(2, dtype=torch.double, needs=needs[1])
+    check = torch.autograd.gradcheck
+    assert check(lambda x, b: convolution(x, weight, b, geometry(dimensions)), (x, bias), fast_mode=True)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_bit_identical_to_torch(
+    option: str, channels_last: bool, dtype: torch.dtype, leaf: Any, same_as_torch: Any
+) -> None:
+    options = OPTIONS[option]
+    x = leaf(3, 4, 9, 11, dtype=dtype)
+    weight, bias = leaf(6, 4 // options.get("groups", 1), 3, 3, dtype=dtype, needs=False), leaf(6, dtype=dtype)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    weight = weight.contiguous(memory_format=memory_format)
+    handler = TABLE[torch.conv2d]
+    same_as_torch(
+        lambda x, b: handler(CONTEXT, x.contiguous(memory_format=memory_format), weight, b, **options),
+        lambda x, b: F.conv2d(x.contiguous(memory_format=memory_format), weight, b, **options),
+        x,
+        bias,
+    )
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_dimensions_and_batches(dimensions: int, batch: int, leaf: Any, same_as_torch: Any) -> None:
+    function = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1]
+    x = leaf(batch, 4, *(6,) * dimensions)
+    weight = leaf(5, 4, *(3,) * dimensions, needs=False)
+    same_as_torch(lambda x: TABLE[function](CONTEXT, x, weight), lambda x: function(x, weight), x)
+
+
+def test_even_kernels_and_unbatched_inputs(leaf: Any, same_as_torch: Any) -> None:
+    weight = leaf(5, 4, 2, 2, needs=False)
+    assert TABLE[torch.conv2d](CONTEXT, leaf(2, 4, 6, 6), weight, padding="same") is NotImplemented
+    assert TABLE[torch.conv2d](CONTEXT, leaf(4, 6, 6), weight) is NotImplemented
+    assert TABLE[torch.conv2d](CONTEXT, leaf(2, 4, 6, 6), leaf(5, 4, 2, 2)) is NotImplemented
+    same_as_torch(
+        lambda x: TABLE[torch.conv2d](CONTEXT, x, weight, None, 2), lambda x: F.conv2d(x, weight, None, 2), leaf(2, 4, 6, 6)
+    )
+
+
+def test_nothing_is_kept(leaf: Any, kept_bytes: Any) -> None:
+    x, weight, bias = leaf(2, 4, 8, 8), leaf(6, 4, 3, 3, needs=False), leaf(6)
+    assert kept_bytes(lambda: TABLE[torch.conv2d](CONTEXT, x, weight, bias), (weight,)) == 0
+
+
+def test_numbers_that_are_not_finite(leaf: Any, same_as_torch: Any) -> None:
+    x = leaf(2, 4, 8, 8).detach()
+    x[0, 0, 0, 0], x[1, 2, 3, 4] = float("nan"), float("inf")
+    weight, bias = leaf(6, 4, 3, 3, needs=False), leaf(6)
+    same_as_torch(
+        lambda x, b: convolution(x, weight, b, geometry(2)),
+        lambda x, b: F.conv2d(x, weight, b, padding=1),
+        x.requires_grad_(),
+        bias,
+    )
+
+
+def test_double_backward(leaf: Any, refuses_double_backward: Any) -> None:
+    weight = leaf(6, 4, 3, 3, needs=False)
+    refuses_double_backward(lambda x: convolution(x, weight, None, geometry(2)), leaf(2, 4, 8, 8))
