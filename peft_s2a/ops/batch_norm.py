@@ -36,18 +36,24 @@ class FixedBatchNormFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         mean, variance, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        grad_input, _, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad_output,
-            shape_only(ctx.shape, grad_output),
-            weight,
-            mean,
-            variance,
-            None,
-            None,
-            False,
-            ctx.eps,
-            [needs[0], False, needs[4]],
-        )
+        grad_input = grad_bias = None
+        if needs[0]:
+            grad_input, _, _ = torch.ops.aten.native_batch_norm_backward(
+                grad_output,
+                shape_only(ctx.shape, grad_output),
+                weight,
+                mean,
+                variance,
+                None,
+                None,
+                False,
+                ctx.eps,
+                [True, False, False],
+            )
+        if needs[4]:
+            # torch's kernel for a strided input would add up in the dtype of a bfloat16 gradient
+            over = [d for d in range(grad_output.dim()) if d != 1]
+            grad_bias = grad_output.sum(over, dtype=mean.dtype)
         return grad_input, None, None, None, grad_bias, None
 
 
@@ -135,5 +141,6 @@ def batch_norm(
 ) -> Tensor:
     """`torch.nn.functional.batch_norm` on `(N, C, ...)`; with fixed statistics gamma must be frozen."""
     if training:
+        torch.nn.functional._verify_batch_size(list(input.shape))  # type: ignore[attr-defined]
         return BatchNormFunction.apply(input, weight, bias, running_mean, running_var, momentum, eps, codec)
     return FixedBatchNormFunction.apply(input, running_mean, running_var, weight, bias, eps)

@@ -23,7 +23,12 @@ class ConvolutionFunction(torch.autograd.Function):
         ctx.geometry, ctx.shape, ctx.input_dtype = geometry, input.shape, input.dtype
         ctx.bias = None if bias is None else (list(bias.shape), bias.dtype)
         ctx.save_for_backward(weight)
-        return torch.convolution(input, weight, bias, *geometry)
+        stride, padding, dilation, transposed, _, groups = geometry
+        if transposed:
+            return torch.convolution(input, weight, bias, *geometry)
+        # autocast knows these, but not torch.convolution
+        function = (torch.conv1d, torch.conv2d, torch.conv3d)[input.dim() - 3]
+        return function(input, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
     @once_differentiable

@@ -30,11 +30,13 @@ class Gelu:
 
 @dataclass(frozen=True)
 class Silu:
-    """`h(x) = x sigmoid(x)`."""
+    """`h(x) = x sigmoid(factor x)`; QuickGELU has the factor 1.702."""
+
+    factor: float = 1.0
 
     def __call__(self, x: Tensor) -> Tensor:
-        s = torch.sigmoid(x)
-        return s * (1 + x * (1 - s))
+        s = torch.sigmoid(self.factor * x)
+        return s * (1 + self.factor * x * (1 - s))
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class MaskedFunction(torch.autograd.Function):
         output = function(input)
         if output is input:
             ctx.mark_dirty(input)
+            return input  # by this name a tracer knows it again
         return output
 
     @staticmethod

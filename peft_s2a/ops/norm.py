@@ -1,16 +1,16 @@
-"""LayerNorm and RMSNorm: the normalised input is kept in codes, the reciprocal deviation in float32.
+"""LayerNorm, RMSNorm and unit vectors: the normalised input is kept in codes, the reciprocal deviation in float32.
 
     x_hat = (x - mean) * rstd            y = gamma * x_hat + beta
     dx = rstd (g - mean(g) - x_hat mean(g x_hat)),   g = gamma * dy,   means over the normalised dimensions
 
-RMSNorm is the same without the two means of x and g.
+RMSNorm is the same without the two means of x and g; `y = x / |x|` is RMSNorm with `gamma = 1 / sqrt(D)`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,11 +20,19 @@ from ..codecs.base import Codec
 from ..codecs.chunked import chunk_bounds, decode_range, encode_chunked
 
 
-def _statistics(rows: Tensor, eps: float, centred: bool) -> tuple[Tensor | None, Tensor]:
-    """Mean `(M, 1)` (None for RMSNorm) and reciprocal deviation `(M, 1)` of `(M, D)`, float32 or float64."""
-    if centred:
+Kind = Literal["layer", "rms", "unit"]
+
+
+def _statistics(rows: Tensor, eps: float, kind: Kind) -> tuple[Tensor | None, Tensor]:
+    """Mean `(M, 1)` (of LayerNorm only) and reciprocal deviation `(M, 1)` of `(M, D)`, float32 or float64."""
+    if rows.numel() == 0:
+        empty = rows.sum(-1, keepdim=True)
+        return (empty if kind == "layer" else None), empty
+    if kind == "layer":
         variance, mean = torch.var_mean(rows, dim=-1, correction=0, keepdim=True)
         return mean, (variance + eps).rsqrt_()
+    if kind == "unit":
+        return None, math.sqrt(rows.shape[-1]) / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min_(eps)
     return None, (rows.square().mean(-1, keepdim=True) + eps).rsqrt_()
 
 
@@ -43,11 +51,13 @@ class NormFunction(torch.autograd.Function):
         bias: Tensor | None,
         normalized_shape: Sequence[int],
         eps: float,
-        centred: bool,
+        kind: Kind,
         codec: Codec,
     ) -> Tensor:
-        if centred:
+        if kind == "layer":
             output = torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
+        elif kind == "unit":
+            output = torch.nn.functional.normalize(input, dim=-1, eps=eps)
         else:
             output = torch.nn.functional.rms_norm(input, normalized_shape, weight, eps)
         width = math.prod(normalized_shape)
@@ -57,14 +67,14 @@ class NormFunction(torch.autograd.Function):
 
         def normalised(start: int, stop: int) -> Tensor:
             piece = rows[start // width : stop // width].to(wide)
-            mean, rstd = _statistics(piece, eps, centred)
+            mean, rstd = _statistics(piece, eps, kind)
             deviations.append(rstd)
             centre = piece if mean is None else piece - mean
             return (centre * rstd).reshape(-1)
 
         kept = encode_chunked(codec, rows.numel(), rows.device, normalised, unit=width)
         rstd = torch.cat(deviations) if len(deviations) != 1 else deviations[0]
-        ctx.codec, ctx.width, ctx.centred = codec, width, centred
+        ctx.codec, ctx.width, ctx.kind = codec, width, kind
         ctx.input_dtype, ctx.normalized_shape = input.dtype, tuple(normalized_shape)
         ctx.save_for_backward(rstd, weight, *kept)
         return output
@@ -90,9 +100,11 @@ class NormFunction(torch.autograd.Function):
                 if grad_input is not None:
                     if gamma is not None:
                         g = g * gamma
+                    elif ctx.kind == "unit":
+                        g = g / math.sqrt(width)
                     projection = (g * x_hat).mean(-1, keepdim=True)
                     dx = torch.addcmul(g, x_hat, projection, value=-1)
-                    if ctx.centred:
+                    if ctx.kind == "layer":
                         dx -= g.mean(-1, keepdim=True)
                     grad_input[rows] = dx.mul_(rstd[rows])
         grad_bias = grad.sum(0) if needs_bias else None
@@ -114,7 +126,7 @@ def layer_norm(
     codec: Codec,
 ) -> Tensor:
     """`torch.nn.functional.layer_norm`; keeps x_hat through `codec`."""
-    return NormFunction.apply(input, weight, bias, normalized_shape, eps, True, codec)
+    return NormFunction.apply(input, weight, bias, normalized_shape, eps, "layer", codec)
 
 
 def rms_norm(
@@ -122,5 +134,10 @@ def rms_norm(
 ) -> Tensor:
     """`torch.nn.functional.rms_norm`; keeps x_hat through `codec`."""
     if eps is None:
-        eps = torch.finfo(input.dtype).eps
-    return NormFunction.apply(input, weight, None, normalized_shape, eps, False, codec)
+        eps = torch.finfo(_wide(input.dtype)).eps
+    return NormFunction.apply(input, weight, None, normalized_shape, eps, "rms", codec)
+
+
+def normalize(input: Tensor, eps: float, codec: Codec) -> Tensor:
+    """`torch.nn.functional.normalize(input, dim=-1, eps=eps)`: unit vectors; keeps them through `codec`."""
+    return NormFunction.apply(input, None, None, input.shape[-1:], eps, "unit", codec)

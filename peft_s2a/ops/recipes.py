@@ -44,6 +44,7 @@ class RecipeBook:
     """Recipes of the tensors of one forward pass; a tensor that dies takes its recipe along."""
 
     def __init__(self) -> None:
+        # recipe of a result, and the versions of the result and of the recipe's leaves when it was made
         self._recipes = WeakTensorKeyDictionary()
 
     def __reduce__(self) -> tuple[type[RecipeBook], tuple[()]]:
@@ -51,17 +52,21 @@ class RecipeBook:
         return RecipeBook, ()
 
     def get(self, tensor: Tensor) -> Recipe | None:
-        found: Recipe | None = self._recipes.get(tensor)
-        return found
+        """The recipe of `tensor`, unless it or what it was made of has been changed in place since."""
+        recipe, versions = self._recipes.get(tensor, (None, None))
+        return recipe if recipe is not None and _versions(tensor, recipe) == versions else None
 
     def record(self, result: Tensor, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remembers `result = function(*args, **kwargs)` if its parts are much smaller; none of them has a gradient."""
         inputs = _tensors(args) + _tensors(tuple(kwargs.values()))
-        if result.requires_grad or any(t.requires_grad for t in inputs):
+        if any(t.requires_grad or t.is_inference() for t in (result, *inputs)):
             return
+        if any(isinstance(a, (tuple, list)) and _tensors(a) for a in args):
+            return  # an index of several tensors: its parts would be kept outside the graph
         leaves, _ = flatten_recipe(self._expand(Recipe(function, args, kwargs)))
         if result.untyped_storage().nbytes() >= GROWS * _storage_bytes(leaves):
-            self._recipes[result] = self._expand(Recipe(function, args, kwargs))
+            recipe = self._expand(Recipe(function, args, kwargs))
+            self._recipes[result] = recipe, _versions(result, recipe)
 
     def _expand(self, recipe: Recipe) -> Recipe:
         """Puts the recipes of the arguments in their places."""
@@ -82,6 +87,10 @@ def flatten_recipe(recipe: Recipe) -> tuple[list[Tensor], Recipe]:
         return value
 
     return leaves, strip(recipe)
+
+
+def _versions(result: Tensor, recipe: Recipe) -> tuple[int, ...]:
+    return tuple(t._version for t in (result, *flatten_recipe(recipe)[0]))
 
 
 def rebuild(tree: Recipe, leaves: Sequence[Tensor]) -> Tensor:

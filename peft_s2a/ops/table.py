@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..codecs.affine import ROW, GroupAffineCodec
+from ..codecs.base import Codec, IdentityCodec
 from ..codecs.channel import ChannelAffineCodec
 from ..codecs.levels import Derivative, DerivativeCodec
 from ..codecs.probability import SqrtProbabilityCodec
@@ -23,14 +24,16 @@ from . import derivatives
 from .attention import attention
 from .batch_norm import batch_norm
 from .convolution import convolution
+from .derivatives import Silu
 from .dropout import dropout
 from .linear import linear
 from .masked import Mask, masked
-from .norm import layer_norm, rms_norm
+from .norm import layer_norm, normalize, rms_norm
 from .pointwise import pointwise
 from .pooling import adaptive_average_pool, average_pool, max_pool
 from .product import matmul, multiply
 from .recipes import RecipeBook
+from .scaled import ScaledTensors
 from .softmax import softmax
 
 MIN_ELEMENTS = ROW
@@ -43,6 +46,8 @@ class Context:
 
     settings: ActivationSettings
     recipes: RecipeBook = field(default_factory=RecipeBook)
+    scaled: ScaledTensors = field(default_factory=ScaledTensors)
+    sigmoids: ScaledTensors = field(default_factory=ScaledTensors)
 
     def bits(self, kind: str) -> int | None:
         return self.settings.bits.get(kind)
@@ -89,12 +94,15 @@ def _gelu(context: Context, input: Tensor, *, approximate: str = "none") -> Any:
 
 @replaces(F.silu)
 def _silu(context: Context, input: Tensor, inplace: bool = False) -> Any:
-    return _smooth(context, "silu", input, F.silu, derivatives.Silu())
+    return _smooth(context, "silu", input, F.silu, Silu())
 
 
 @replaces(torch.sigmoid, F.sigmoid, Tensor.sigmoid)
 def _sigmoid(context: Context, input: Tensor) -> Any:
-    return _smooth(context, "pointwise", input, torch.sigmoid, derivatives.Sigmoid())
+    output = _smooth(context, "pointwise", input, torch.sigmoid, derivatives.Sigmoid())
+    if isinstance(output, Tensor):
+        context.sigmoids.record(output, *context.scaled.get(input))
+    return output
 
 
 @replaces(torch.tanh, F.tanh, Tensor.tanh)
@@ -146,7 +154,7 @@ def _two_slopes(
     if input.numel() < MIN_ELEMENTS:
         return NotImplemented
     if in_place is not None:
-        if input.is_leaf or input._is_view():
+        if input.is_leaf:
             return NotImplemented
         function = in_place
     return masked(input, function, mask, slope, other_slope)
@@ -231,6 +239,37 @@ def _rms_norm(
     return rms_norm(input, normalized_shape, weight, eps, GroupAffineCodec(context.bits("norm") or 0))
 
 
+@replaces(F.normalize)
+def _normalize(
+    context: Context, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None
+) -> Any:
+    if p != 2 or dim % input.dim() != input.dim() - 1 or out is not None or not _applies(context, "norm", input):
+        return NotImplemented
+    return normalize(input, eps, GroupAffineCodec(context.bits("norm") or 0))
+
+
+@replaces(F.group_norm, torch.group_norm)
+def _group_norm(
+    context: Context,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Any:
+    if not _applies(context, "norm", input) or (weight is not None and weight.requires_grad):
+        return NotImplemented
+    # every group of an item is a row of a layer norm; gamma and beta follow for each channel
+    rows = input.reshape(input.shape[0] * num_groups, -1)
+    codec = GroupAffineCodec(context.bits("norm") or 0)
+    output = layer_norm(rows, rows.shape[1:], None, None, eps, codec).view(input.shape)
+    shape = (1, -1) + (1,) * (input.dim() - 2)
+    if weight is not None:
+        output = output * weight.view(shape)
+    return output if bias is None else output + bias.view(shape)
+
+
 @replaces(F.batch_norm)
 def _batch_norm(
     context: Context,
@@ -248,7 +287,7 @@ def _batch_norm(
             return NotImplemented
     elif weight is not None and weight.requires_grad:
         return NotImplemented
-    codec = GroupAffineCodec(context.bits("norm") or 8)
+    codec = GroupAffineCodec(context.bits("norm") or 8, group_size=128)
     return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, codec)
 
 
@@ -304,22 +343,41 @@ def _softmax(
     return softmax(input, dtype, SqrtProbabilityCodec(context.bits("softmax") or 0))
 
 
+def _factor_codec(context: Context, factor: Tensor) -> Codec:
+    """Codes for a large factor; a small one (the gates of a squeeze-and-excite) stays as it is."""
+    if factor.numel() < MIN_ELEMENTS or factor.dtype == torch.float64:
+        return IdentityCodec()
+    return GroupAffineCodec(context.bits("product") or 0)
+
+
+def _are_activations(context: Context, left: Any, right: Any) -> bool:
+    """Whether both are tensors with a gradient, and one of them large."""
+    if not (isinstance(left, Tensor) and isinstance(right, Tensor) and left.requires_grad and right.requires_grad):
+        return False
+    return any(_applies(context, "product", t) for t in (left, right))
+
+
 @replaces(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
 def _matmul(context: Context, input: Tensor, other: Tensor) -> Any:
-    if input.dim() < 3 or other.dim() < 3 or not (input.requires_grad and other.requires_grad):
+    if input.dim() < 3 or other.dim() < 3 or not _are_activations(context, input, other):
         return NotImplemented
-    if not _applies(context, "product", input, other):
-        return NotImplemented
-    return matmul(input, other, GroupAffineCodec(context.bits("product") or 0))
+    return matmul(input, other, _factor_codec(context, input), _factor_codec(context, other))
 
 
-@replaces(torch.mul, Tensor.mul, Tensor.__mul__, torch.multiply, Tensor.multiply)
+@replaces(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply)
 def _mul(context: Context, input: Any, other: Any) -> Any:
-    if not (isinstance(input, Tensor) and isinstance(other, Tensor)):
+    if isinstance(other, (int, float)) and isinstance(input, Tensor):
+        output = torch.mul(input, other)
+        context.scaled.record(output, input, float(other))
+        return output
+    if not _are_activations(context, input, other):
         return NotImplemented
-    if not (input.requires_grad and other.requires_grad) or not _applies(context, "product", input, other):
-        return NotImplemented
-    return multiply(input, other, GroupAffineCodec(context.bits("product") or 0))
+    for x, gate in ((input, other), (other, input)):
+        source, factor = context.sigmoids.get(gate)
+        if source is x and context.bits("silu") is not None:
+            # x * sigmoid(factor x), written out: QuickGELU and its kin
+            return pointwise(x, lambda _: input * other, DerivativeCodec(Silu(factor), context.bits("silu") or 0))
+    return multiply(input, other, _factor_codec(context, input), _factor_codec(context, other))
 
 
 # linear layers and convolutions --------------------------------------------------------------------------------------
@@ -327,8 +385,13 @@ def _mul(context: Context, input: Any, other: Any) -> Any:
 
 @replaces(F.linear)
 def _linear(context: Context, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    # a frozen weight keeps nothing in torch either; a head on pooled features (two dimensions) is small: it stays exact
-    if not weight.requires_grad or input.dim() < 3 or not _applies(context, "linear", input):
+    if not weight.requires_grad:
+        # torch keeps nothing of the input either, but a copy of the weight where autocast casts it
+        if not torch.is_autocast_enabled(input.device.type):
+            return NotImplemented
+        return linear(input, weight, bias, IdentityCodec())
+    # a head on pooled features (two dimensions) is small: it stays exact
+    if input.dim() < 3 or not _applies(context, "linear", input):
         return NotImplemented
     return linear(input, weight, bias, GroupAffineCodec(context.bits("linear") or 0))
 
@@ -429,6 +492,8 @@ GROWING = frozenset(
         Tensor.view,
         Tensor.unsqueeze,
         torch.unsqueeze,
+        Tensor.permute,
+        Tensor.__getitem__,
     }
 )
 """Functions whose results, when they need no gradient and outgrow their parts, are remembered with their parts."""

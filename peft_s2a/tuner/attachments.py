@@ -1,4 +1,4 @@
-"""What hangs on the base model once, whatever the number of adapters: interception, image size, batch norm hooks."""
+"""What hangs on the base model once, whatever the number of adapters: interception, image size, hooks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import nn
 from ..interception import ActivationInterceptor
 from .batch_norm import hold_batch_norms, release_batch_norms
 from .block import remove_hooks
+from .checkpointing import prepare_checkpointing, release_checkpointing
 from .config import S2AConfig
 from .image_size import ImageSize
 from .layer import S2ALayer
@@ -50,6 +51,14 @@ def install(model: nn.Module, adapter_name: str, config: S2AConfig) -> None:
         if is_saved_whole(config, name) or ".modules_to_save." in f".{name}."
     }
     hold_batch_norms(model, trained)
+    prepare_checkpointing(model)
+
+
+def forget(model: nn.Module, adapter_name: str) -> None:
+    """Drops what an adapter that has been deleted had set up."""
+    found: ActivationInterceptor | None = vars(model).get(INTERCEPTOR)
+    if found is not None:
+        found.delete_adapter_settings(adapter_name)
 
 
 def remove(model: nn.Module) -> None:
@@ -63,3 +72,4 @@ def remove(model: nn.Module) -> None:
         remove_hooks(model, record)
         delattr(model, IMAGE_SIZE)
     release_batch_norms(model)
+    release_checkpointing(model)

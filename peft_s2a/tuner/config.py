@@ -21,7 +21,8 @@ class S2AConfig(PeftConfig):
     Args:
         target_modules: layers that get a bias delta: a list of names (exact, or endings), a regular expression that
             matches full names, `"all-linear"`, or `None` for every linear, convolution and norm layer of the
-            backbone. `None` and `"all-linear"` become a regular expression when the adapter is made.
+            backbone. `None` and `"all-linear"` become a regular expression when the adapter is made, without the
+            layers that no output of the model depends on.
         exclude_modules: layers and blocks to leave alone, names or a regular expression.
         modules_to_save: modules trained and saved whole, such as the head.
         layers_to_transform: indices of the layers to adapt, applied to target layers and blocks.
@@ -32,6 +33,10 @@ class S2AConfig(PeftConfig):
         prompt_rank: rank r of the prompt; 0: no prompt.
         side_reduction: channels averaged into one for the side branch; 0: no side branch.
         init_weights: `True` starts as the identity; `False` starts at random (for tests).
+        image_size: size of the images that will be trained on, when it is not the model's own: one number, or height
+            and width (depth first for volumes). Prompts are made for the tokens of such an image (a DINOv2 made for
+            518 px but trained at 112 px gets 8 x 8 + 1 rows, not 37 x 37 + 1); other sizes are interpolated at run
+            time. Saved with the adapter; models that ask for `interpolate_pos_encoding=True` still need it.
         activation_bits: bits per kept element: 1, 2, 3, 4, 6, 8, a mapping {operator kind: bits}, or `None` for exact.
         activation_backend: `"auto"`, `"eager"` or `"compile"`.
         train_batch_norm: whether running statistics of batch norms are trained and saved with the adapter; by default
@@ -68,6 +73,10 @@ class S2AConfig(PeftConfig):
         default=16, metadata={"help": "Channels averaged into one for the side branch; 0 switches it off."}
     )
     init_weights: bool = field(default=True, metadata={"help": "Whether the adapter starts as the identity."})
+    image_size: int | tuple[int, ...] | list[int] | None = field(
+        default=None,
+        metadata={"help": "Size of the images that will be trained on, when it is not the model's own."},
+    )
     activation_bits: int | dict[str, int | None] | None = field(
         default=4, metadata={"help": "Bits per kept element: 1, 2, 3, 4, 6, 8, {kind: bits} or None for exact."}
     )
@@ -97,6 +106,7 @@ class S2AConfig(PeftConfig):
             raise ValueError(
                 "Every part is switched off: set use_bias=True, prompt_rank or side_reduction to train something."
             )
+        self.image_size = _checked_size(self.image_size)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is set without layers_to_transform: name the layers, or drop the pattern.")
         self.activation_settings()
@@ -111,3 +121,13 @@ class S2AConfig(PeftConfig):
         """Saves `adapter_config.json`, and in `README.md` how the adapter is loaded."""
         super().save_pretrained(str(save_directory), **kwargs)
         add_usage(save_directory, self.base_model_name_or_path)
+
+
+def _checked_size(size: Any) -> int | tuple[int, ...] | None:
+    """The image size, a list of sizes as a tuple."""
+    if size is None:
+        return None
+    sizes = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if not 2 <= len(sizes) <= 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+        raise ValueError(f"image_size={size!r} must be a positive whole number or a list of two or three of them.")
+    return sizes if isinstance(size, (tuple, list)) else size

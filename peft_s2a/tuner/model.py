@@ -133,6 +133,14 @@ class S2AModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter; where it was the only active one, the first of those left becomes active."""
+        super().delete_adapter(adapter_name)
+        attachments.forget(self.model, adapter_name)
+        # a layer that only the deleted adapter had has chosen none, and must not speak for the others
+        if self.peft_config:
+            self.set_adapter(self.active_adapters or [next(iter(self.peft_config))])
+
     def _check_merge_allowed(self) -> None:
         """Refuses a merge that some layer cannot do, before anything is touched.
 

@@ -10,6 +10,7 @@ from torch import nn
 from ..structure import BlockShape, is_batch_norm, is_supported
 from .config import S2AConfig
 from .discovery import find_blocks, find_heads, find_targets, own_modules
+from .dry_run import dry_run
 from .matching import exact_pattern, in_chosen_layers, is_excluded, is_saved_whole, matches_names, select
 from .shapes import find_block_shapes
 
@@ -21,38 +22,59 @@ def resolve(config: S2AConfig, model: nn.Module) -> None:
         ValueError: if a list or expression matches nothing, or shapes cannot be found.
     """
     keys = [name for name, _ in own_modules(model) if name]
-    _resolve_targets(config, model, keys)
-    _resolve_blocks(config, model, keys)
+    found = _find_targets(config, model, keys)
+    used = _resolve_blocks(config, model, keys)
+    if found:
+        _resolve_targets(config, model, keys, found, used)
     _resolve_batch_norms(config, model)
     if not config.inference_mode:
         warn_about_head(config, model)
 
 
-def _resolve_targets(config: S2AConfig, model: nn.Module, keys: list[str]) -> None:
+def _find_targets(config: S2AConfig, model: nn.Module, keys: list[str]) -> list[str]:
+    """Layers found by structure where the configuration asks for it; checks what it names otherwise."""
     if not config.use_bias:
         config.target_modules = []
-        return
+        return []
     names = config.target_modules
     all_linear = isinstance(names, str) and names.lower() == "all-linear"
     if names is None or all_linear:
         found = find_targets(model, linear_only=all_linear)
         chosen = [k for k in found if in_chosen_layers(config, k) and not is_excluded(config, k)]
-        config.target_modules = exact_pattern(chosen, keys)
         if not chosen:
             raise NoMatchingPeftModuleError(
                 f"{type(model).__name__} has no linear, convolution or norm layer to put a bias delta on "
                 "(exclude_modules, modules_to_save and layers_to_transform considered): name layers in target_modules "
                 "or set use_bias=False."
             )
-        return
+        return chosen
     if not select(config, names, keys):
         raise NoMatchingPeftModuleError(
             f"target_modules={names} matches no module of {type(model).__name__} (exclude_modules, modules_to_save and "
             f"layers_to_transform considered). Its layers are named like {keys[len(keys) // 2]!r}; use None for all."
         )
+    return []
 
 
-def _resolve_blocks(config: S2AConfig, model: nn.Module, keys: list[str]) -> None:
+def _resolve_targets(
+    config: S2AConfig, model: nn.Module, keys: list[str], found: list[str], used: set[str] | None
+) -> None:
+    """Names the layers that were found, without those that no output of the model depends on.
+
+    Such layers (a pooler whose output the head does not take) would have parameters that never get a gradient, which
+    distributed training refuses. Models that cannot be run on an image keep all.
+    """
+    if used is None:
+        try:
+            used = dry_run(model, config.image_size, lambda probe: None)
+        except ValueError:  # not a model of images: nothing is known of what it uses
+            used = None
+    chosen = [name for name in found if used is None or name in used]
+    config.target_modules = exact_pattern(chosen or found, keys)
+
+
+def _resolve_blocks(config: S2AConfig, model: nn.Module, keys: list[str]) -> set[str] | None:
+    """Names the blocks and finds their shapes; returns the modules in use where a dry run was made for that."""
     wanted = bool(config.prompt_rank or config.side_reduction)
     named = config.block_modules is not None
     if config.block_modules is None:
@@ -74,13 +96,16 @@ def _resolve_blocks(config: S2AConfig, model: nn.Module, keys: list[str]) -> Non
         )
     if not wanted:
         config.block_modules = exact_pattern(found, keys)
-        return
+        return None
     shapes = {name: BlockShape.from_dict(shape) for name, shape in (config.block_shapes or {}).items()}
     missing = [name for name in found if name not in shapes]
+    used: set[str] | None = None
     if missing:
-        shapes |= find_block_shapes(model, missing, required=named)
+        new, used = find_block_shapes(model, missing, required=named, image_size=config.image_size)
+        shapes |= new
     config.block_shapes = {name: shapes[name].to_dict() for name in found if name in shapes}
     config.block_modules = exact_pattern(list(config.block_shapes), keys)
+    return used
 
 
 def _resolve_batch_norms(config: S2AConfig, model: nn.Module) -> None:

@@ -1,10 +1,9 @@
-"""Finds the shapes of the blocks' inputs by running the model on a meta device: shapes only, no data, no copy."""
+"""Finds the shapes of the blocks' inputs by a dry run of the model."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -16,65 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..structure import BlockShape, Layout, find_channel_dim, is_supported
 from .discovery import own_modules
+from .dry_run import BATCH, CURE, Size, dry_run, image_input
 from .tensors import first_tensor
 
-BATCH = 2
 MAX_EXTRA_TOKENS = 64
-CURE = "set prompt_rank=0 and side_reduction=0, name other blocks in block_modules, or give block_shapes."
-FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
-"""What a model's own code raises when it cannot run on a meta input."""
-
-
-def image_input(model: nn.Module) -> tuple[int, ...]:
-    """Channels and sizes of an image that the model takes.
-
-    Raises:
-        ValueError: if the model does not start with a convolution on images.
-    """
-    first = next((module for _, module in own_modules(model) if isinstance(module, _ConvNd)), None)
-    if first is None or isinstance(first, nn.Conv1d):
-        raise ValueError(
-            "The model's input cannot be inferred: it does not start with a convolution on images. Prompts and side "
-            f"branches need fixed input shapes: {CURE}"
-        )
-    dims = 3 if isinstance(first, nn.Conv3d) else 2
-    size = _image_size(model)
-    sizes = (size,) * dims if isinstance(size, int) else tuple(size)
-    return (first.in_channels, *sizes[-dims:])
-
-
-def _image_size(model: nn.Module) -> int | tuple[int, ...]:
-    """The image size that the model states, 224 where it takes any."""
-    for module in model.modules():
-        size = getattr(module, "img_size", None)
-        if isinstance(size, (int, tuple, list)):
-            return size if isinstance(size, int) else tuple(size)
-    config = getattr(model, "config", None)
-    for source in (getattr(config, "vision_config", None), config, model):
-        size = getattr(source, "image_size", None)
-        if isinstance(size, Mapping):
-            return (size["height"], size["width"])
-        if isinstance(size, (int, tuple, list)):
-            return size if isinstance(size, int) else tuple(size)
-    for source in (config, model):
-        cfg = getattr(source, "pretrained_cfg", None) or getattr(source, "default_cfg", None)
-        size = cfg.get("input_size") if isinstance(cfg, Mapping) else getattr(cfg, "input_size", None)
-        if size:
-            return tuple(size)[1:]
-    return 224
-
-
-def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model in eval mode whose tensors have shapes but no data."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-            if isinstance(tensor, nn.Parameter):
-                meta = torch.empty_like(tensor, device="meta")
-                memo[id(tensor)] = nn.Parameter(meta, requires_grad=False)
-            elif isinstance(tensor, torch.Tensor):
-                memo[id(tensor)] = torch.empty_like(tensor, device="meta")
-    return copy.deepcopy(model, memo).eval()
 
 
 class ShapeRecorder:
@@ -104,43 +48,40 @@ class ShapeRecorder:
         if not self.inputs and isinstance(output, torch.Tensor):
             self.patch_grid = tuple(output.shape[2:])
 
+    def watch(self, names: Collection[str], probe: nn.Module) -> None:
+        """Registers the hooks for these blocks."""
+        for name in names:
+            block = probe.get_submodule(name)
+            block.register_forward_pre_hook(partial(self.before_block, name), with_kwargs=True)
+            block.register_forward_hook(partial(self.after_block, name))
+            for _, layer in own_modules(block):
+                if is_supported(layer) and not isinstance(layer, nn.MultiheadAttention):
+                    layer.register_forward_pre_hook(partial(self.before_layer, name))
+        for _, layer in own_modules(probe):
+            if isinstance(layer, _ConvNd):
+                layer.register_forward_hook(self.after_convolution)
 
-def find_block_shapes(model: nn.Module, names: Collection[str], required: bool) -> dict[str, BlockShape]:
-    """Shapes of the named blocks.
+
+def find_block_shapes(
+    model: nn.Module, names: Collection[str], required: bool, image_size: Size = None
+) -> tuple[dict[str, BlockShape], set[str] | None]:
+    """Shapes of the named blocks, and what `dry_run` returns.
 
     Args:
-        required: whether a block that the model does not run is an error (blocks that the user named) or is left out.
+        required: whether a block that the model does not use is an error (blocks that the user named) or is left out.
+        image_size: size of the image; `None`: the model's own.
 
     Raises:
         ValueError: if the model cannot be run on an image, or a block's shape is not understood.
     """
-    sizes = image_input(model)
     recorder = ShapeRecorder()
-    probe = meta_copy(model)
-    for name in names:
-        block = probe.get_submodule(name)
-        block.register_forward_pre_hook(partial(recorder.before_block, name), with_kwargs=True)
-        block.register_forward_hook(partial(recorder.after_block, name))
-        for _, layer in own_modules(block):
-            if is_supported(layer) and not isinstance(layer, nn.MultiheadAttention):
-                layer.register_forward_pre_hook(partial(recorder.before_layer, name))
-    for _, layer in own_modules(probe):
-        if isinstance(layer, _ConvNd):
-            layer.register_forward_hook(recorder.after_convolution)
-    floating = (p.dtype for p in model.parameters() if p.dtype.is_floating_point)
-    image = torch.empty(BATCH, *sizes, device="meta", dtype=next(floating, torch.float32))
-    try:
-        with torch.no_grad(), torch.device("meta"):
-            probe(image)
-    except FAILURES as error:
-        raise ValueError(
-            f"The shapes of the blocks could not be found by running {type(model).__name__} on an image of shape "
-            f"{sizes}: {type(error).__name__}: {error} To do without: {CURE}"
-        ) from error
+    used = dry_run(model, image_size, partial(recorder.watch, names))
+    sizes = image_input(model, image_size)
     missing = [name for name in names if name not in recorder.inputs or name not in recorder.outputs]
     if missing and (required or len(missing) == len(names)):
         raise ValueError(f"The blocks {missing[:3]} take no tensor when the model runs on an image: {CURE}")
-    return {name: _describe(name, recorder, sizes[1:]) for name in names if name not in missing}
+    chosen = [n for n in names if n not in missing and (required or used is None or n in used)]
+    return {name: _describe(name, recorder, sizes[1:]) for name in chosen}, used
 
 
 def _describe(name: str, recorder: ShapeRecorder, image_size: tuple[int, ...]) -> BlockShape:

@@ -1,0 +1,29 @@
+"""Remembers of a tensor that it is a function of `factor * source`, to recognise activations that are written out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+class ScaledTensors:
+    """For results still alive, their source and factor; a result that dies takes its entry along."""
+
+    def __init__(self) -> None:
+        self._entries = WeakTensorKeyDictionary()
+
+    def __reduce__(self) -> tuple[type[ScaledTensors], tuple[()]]:
+        return ScaledTensors, ()
+
+    def record(self, result: Tensor, source: Tensor, factor: float) -> None:
+        """Nothing is recorded while a graph is traced."""
+        if not torch.compiler.is_compiling():
+            self._entries[result] = (source, factor)
+
+    def get(self, tensor: Tensor) -> tuple[Tensor, float]:
+        """Source and factor; the tensor itself and 1 if nothing is known of it."""
+        if torch.compiler.is_compiling():
+            return tensor, 1.0
+        found: tuple[Tensor, float] = self._entries.get(tensor, (tensor, 1.0))
+        return found
