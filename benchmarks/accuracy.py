@@ -50,9 +50,9 @@ class Variant:
 
 
 VARIANTS = {
-    "full": Variant("full", None, (2e-5, 5e-5, 1e-4)),
-    "s2a-exact": Variant("s2a", None, (1e-3, 3e-3, 1e-2)),
-    "s2a-4bit": Variant("s2a", 4, (1e-3, 3e-3, 1e-2)),
+    "full": Variant("full", None, (2e-5, 5e-5)),
+    "s2a-exact": Variant("s2a", None, (2e-3, 5e-3)),
+    "s2a-4bit": Variant("s2a", 4, (2e-3, 5e-3)),
     "lora": Variant("lora", None, (3e-4, 1e-3, 3e-3)),
     "linear_probe": Variant("linear_probe", None, (3e-3, 1e-2, 3e-2)),
 }
@@ -65,6 +65,7 @@ class Task:
     train: TensorDataset
     test: TensorDataset
     load_model: Callable[[], Any]
+    image_size: int
 
 
 def prepare_task(dataset: str, options: argparse.Namespace) -> Task:
@@ -78,13 +79,14 @@ def prepare_task(dataset: str, options: argparse.Namespace) -> Task:
         batch = collate(list(part.with_transform(transform)))
         tensors[split] = TensorDataset(batch["pixel_values"], batch["labels"])
     classes = parts["train"].features["label"].names
-    return Task(tensors["train"], tensors["test"], model_loader(path, ModelArguments(), classes))
+    return Task(tensors["train"], tensors["test"], model_loader(path, ModelArguments(), classes), options.image_size)
 
 
 def fine_tune(task: Task, train: Any, test: Any, variant: Variant, rate: float, seed: int, epochs: float) -> float:
     """Train a fresh model on `train` and return its accuracy on `test`."""
     set_seed(seed)
-    model = apply_method(task.load_model(), variant.method, MethodOptions(activation_bits=variant.activation_bits))
+    options = MethodOptions(activation_bits=variant.activation_bits, image_size=task.image_size)
+    model = apply_method(task.load_model(), variant.method, options)
     with tempfile.TemporaryDirectory() as folder:
         arguments = ExampleTrainingArguments(
             output_dir=folder,

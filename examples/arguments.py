@@ -67,13 +67,14 @@ class MethodArguments:
     cost_batch_size: int = field(default=8, metadata={"help": "Images in the batch that the cost is measured on."})
     cost_image_size: int | None = field(default=None, metadata={"help": "Their size in pixels; default: image_size."})
 
-    def options(self) -> MethodOptions:
-        """The options of the methods, checked."""
+    def options(self, image_size: int | None = None) -> MethodOptions:
+        """The options of the methods, checked, for images of this size."""
         return MethodOptions(
             activation_bits=None if self.exact else parse_bits(self.activation_bits),
             prompt_rank=self.prompt_rank,
             side_reduction=self.side_reduction,
             lora_rank=self.lora_rank,
+            image_size=image_size,
         )
 
 

@@ -139,7 +139,7 @@ def folder_bytes(folder: Path) -> int:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the example and return what it writes to `results.json`."""
     model_args, data_args, method_args, training_args = parse_arguments(arguments)
-    options = method_args.options()
+    options = method_args.options(data_args.image_size)
     set_seed(training_args.seed)
 
     path = resolve_model(model_args.model_name_or_path, model_args.cache_dir)

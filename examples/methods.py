@@ -28,12 +28,16 @@ _ATTENTION = re.compile(r"(^|[._])(query|value|q_proj|v_proj|q|v|qkv|c_attn)$")
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """What can be chosen about a method; `activation_bits` None keeps S2A's activations exactly."""
+    """What can be chosen about a method; `activation_bits` None keeps S2A's activations exactly.
+
+    `image_size` is the size trained at where it is not the model's own: S2A's prompts are made for it.
+    """
 
     activation_bits: int | dict[str, int | None] | None = 4
     prompt_rank: int = 8
     side_reduction: int = 16
     lora_rank: int = 8
+    image_size: int | None = None
 
 
 def parse_bits(text: str) -> int | dict[str, int | None] | None:
@@ -89,6 +93,7 @@ def adapter_config(model: PreTrainedModel, method: str, options: MethodOptions) 
             activation_bits=options.activation_bits,
             prompt_rank=options.prompt_rank,
             side_reduction=options.side_reduction,
+            image_size=options.image_size,
         )
     return LoraConfig(
         r=options.lora_rank,

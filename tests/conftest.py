@@ -32,7 +32,7 @@ class Family:
     head: str | None = "classifier"
     image_size: int = 32
     layout: str = "tokens"
-    unused: tuple[str, ...] = ()  # layers whose output this model does not use
+    unused: tuple[str, ...] = ()  # layers behind an output that the tests' loss does not use
 
     def images(self, batch: int = 2, size: int | tuple[int, int] | None = None) -> torch.Tensor:
         size = size or self.image_size
@@ -93,7 +93,7 @@ FAMILIES = {
     "hf-dinov2-registers": Family(
         lambda: T.Dinov2WithRegistersForImageClassification(T.Dinov2WithRegistersConfig(**VIT, num_labels=3))
     ),
-    "hf-clip": Family(_clip, unused=("post_layernorm",)),
+    "hf-clip": Family(_clip),
     "hf-clip-vision": Family(
         lambda: T.CLIPVisionModel(T.CLIPVisionConfig(**VIT)), head=None, unused=("post_layernorm",)
     ),

@@ -118,7 +118,9 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 0.0) -> None:
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual[name], gradient, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def relative_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -205,7 +207,9 @@ def test_retained_graph() -> None:
     loss.backward(retain_graph=True)
     once = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     loss.backward()
-    assert_same({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, {n: 2 * g for n, g in once.items()})
+    assert_same(
+        {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, {n: 2 * g for n, g in once.items()}
+    )
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -227,7 +231,9 @@ def test_checkpointed_blocks(reentrant: bool, with_mask: bool) -> None:
         True,
         pytest.param(
             False,
-            marks=pytest.mark.xfail(strict=True, reason="a plain checkpoint inside a block recomputes outside the mode"),
+            marks=pytest.mark.xfail(
+                strict=True, reason="a plain checkpoint inside a block recomputes outside the mode"
+            ),
         ),
     ],
 )
@@ -464,7 +470,9 @@ def test_a_mask_changed_in_place_after_it_was_made() -> None:
         False,
         pytest.param(
             True,
-            marks=pytest.mark.xfail(strict=True, reason="two tables of levels in one graph have the same dynamo source"),
+            marks=pytest.mark.xfail(
+                strict=True, reason="two tables of levels in one graph have the same dynamo source"
+            ),
         ),
     ],
 )

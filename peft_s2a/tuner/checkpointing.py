@@ -41,12 +41,13 @@ def require_input_gradient(
 def release_embeddings(model: nn.Module, args: tuple[Any, ...]) -> None:
     """Forward pre-hook of the base model: image embeddings need not be made to require gradients.
 
-    peft and transformers do that for checkpointing (`enable_input_require_grads`); it fails where embeddings are a tuple
-    (Swin), and `require_input_gradient` does it here.
+    peft and transformers do that for checkpointing (`enable_input_require_grads`). It fails where embeddings are a
+    tuple (Swin), and `require_input_gradient` does what is needed.
     """
-    is_image_model = isinstance(model, PreTrainedModel) and model.main_input_name == "pixel_values"
-    if is_image_model and vars(model).get("_require_grads_hooks"):
-        model.disable_input_require_grads()
+    if not isinstance(model, PreTrainedModel) or model.main_input_name != "pixel_values":
+        return
+    if vars(model).get("_require_grads_hooks"):
+        PreTrainedModel.disable_input_require_grads(model)
 
 
 HOOKS: tuple[Any, ...] = (require_input_gradient, release_embeddings)

@@ -135,11 +135,13 @@ class S2AModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; where it was the only active one, the first of those left becomes active."""
+        was_active = adapter_name in self.active_adapters
+        others = [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
         attachments.forget(self.model, adapter_name)
-        # a layer that only the deleted adapter had has chosen none, and must not speak for the others
-        if self.peft_config:
-            self.set_adapter(self.active_adapters or [next(iter(self.peft_config))])
+        if was_active and self.peft_config:  # layers choose by themselves, one that has no other adapter none
+            others = others or [next(iter(self.peft_config))]
+            self.set_adapter(others, inference_mode=any(self.peft_config[name].inference_mode for name in others))
 
     def _check_merge_allowed(self) -> None:
         """Refuses a merge that some layer cannot do, before anything is touched.

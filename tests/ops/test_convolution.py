@@ -72,7 +72,9 @@ def test_even_kernels_and_unbatched_inputs(leaf: Any, same_as_torch: Any) -> Non
     assert TABLE[torch.conv2d](CONTEXT, leaf(4, 6, 6), weight) is NotImplemented
     assert TABLE[torch.conv2d](CONTEXT, leaf(2, 4, 6, 6), leaf(5, 4, 2, 2)) is NotImplemented
     same_as_torch(
-        lambda x: TABLE[torch.conv2d](CONTEXT, x, weight, None, 2), lambda x: F.conv2d(x, weight, None, 2), leaf(2, 4, 6, 6)
+        lambda x: TABLE[torch.conv2d](CONTEXT, x, weight, None, 2),
+        lambda x: F.conv2d(x, weight, None, 2),
+        leaf(2, 4, 6, 6),
     )
 
 

@@ -37,7 +37,9 @@ def test_derivative_is_autograds(derivative: Derivative, function: Function) -> 
     (expected,) = torch.autograd.grad(function(x).sum(), x)
     actual = derivative(x.detach())
     # torch's own kernels hold a few constants in single precision; the corners of a hardswish are measure zero
-    corners = torch.isclose(x.abs(), torch.tensor(3.0, dtype=torch.double)) if isinstance(derivative, Hardswish) else x > 99
+    corners = (
+        torch.isclose(x.abs(), torch.tensor(3.0, dtype=torch.double)) if isinstance(derivative, Hardswish) else x > 99
+    )
     torch.testing.assert_close(actual[~corners], expected[~corners], rtol=1e-6, atol=1e-8)
 
 

@@ -15,7 +15,13 @@ from peft_s2a.settings import BIT_LEVELS
 IDENTITY = IdentityCodec()
 NEEDS = [(True, True), (True, False), (False, True)]
 MULTIPLY = [((3, 4), (3, 4)), ((3, 4), (4,)), ((3, 1), (1, 4)), ((2, 3, 4), (3, 1)), ((0, 4), (4,))]
-MATMUL = [((3, 4), (4, 5)), ((2, 3, 4), (2, 4, 5)), ((2, 1, 3, 4), (3, 4, 5)), ((2, 3, 4), (4, 5)), ((0, 3, 4), (0, 4, 2))]
+MATMUL = [
+    ((3, 4), (4, 5)),
+    ((2, 3, 4), (2, 4, 5)),
+    ((2, 1, 3, 4), (3, 4, 5)),
+    ((2, 3, 4), (4, 5)),
+    ((0, 3, 4), (0, 4, 2)),
+]
 
 
 @pytest.mark.parametrize("needs", NEEDS)

@@ -59,7 +59,9 @@ def test_error_follows_from_the_codec(num_bits: int, sharpness: float, leaf: Any
     decoded = codec.decode(codec.encode(p), 33, torch.float32)
     exact = p * (grad - (grad * p).sum(-1, keepdim=True))
     delta = (decoded - p).abs()
-    bound = delta * (grad - (grad * p).sum(-1, keepdim=True)).abs() + decoded * (grad.abs() * delta).sum(-1, keepdim=True)
+    bound = delta * (grad - (grad * p).sum(-1, keepdim=True)).abs() + decoded * (grad.abs() * delta).sum(
+        -1, keepdim=True
+    )
     assert ((dx - exact).abs() <= bound * (1 + 1e-5) + 1e-6).all()
     # rows of the gradient sum to zero, as they do exactly
     torch.testing.assert_close(dx.sum(-1), torch.zeros(20), rtol=0, atol=1e-5)

@@ -43,7 +43,7 @@ def trained() -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def adapt() -> Callable[..., PeftModel]:
-    """Adapts a model; the head is named, activations are exact."""
+    """Adapts a model; the head is named, activations are exact unless `activation_bits` is given."""
 
     def make(model: nn.Module, head: str | None = "classifier", **fields: Any) -> PeftModel:
         fields.setdefault("modules_to_save", [head] if head else None)

@@ -29,6 +29,11 @@ from peft_s2a.tuner.matching import exact_pattern, matches_names
         ({"side_reduction": -1}, "side_reduction"),
         ({"side_reduction": True}, "side_reduction"),
         ({"use_bias": False, "prompt_rank": 0, "side_reduction": 0}, "Every part is switched off"),
+        ({"image_size": 0}, "image_size"),
+        ({"image_size": True}, "image_size"),
+        ({"image_size": "112"}, "image_size"),
+        ({"image_size": [112]}, "image_size"),
+        ({"image_size": [112, 8.0]}, "image_size"),
         ({"layers_pattern": "layers"}, "layers_to_transform"),
         ({"block_shapes": {"blocks.0": {"layout": "tokens"}}}, "block_shapes"),
     ],
@@ -39,7 +44,9 @@ def test_bad_fields(fields, message):
 
 
 def test_copies(tmp_path):
-    config = S2AConfig(target_modules=["fc1"], activation_bits={"gelu": 2}, layers_to_transform=[0, 2])
+    config = S2AConfig(
+        target_modules=["fc1"], activation_bits={"gelu": 2}, layers_to_transform=[0, 2], image_size=[96, 64]
+    )
     for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
         assert other == config
     config.save_pretrained(tmp_path)

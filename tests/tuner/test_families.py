@@ -32,8 +32,9 @@ def test_head_is_found(family):
     assert find_heads(family.make()) == ([family.head] if family.head else [])
 
 
-def test_every_parameter_gets_a_gradient(family, run, adapt):
-    model = adapt(family.make(), family.head).train()
+@pytest.mark.parametrize("bits", [None, 4])
+def test_every_parameter_gets_a_gradient(family, run, adapt, bits):
+    model = adapt(family.make(), family.head, activation_bits=bits).train()
     base = {k: v.clone() for k, v in model.state_dict().items() if "s2a_" not in k and "modules_to_save" not in k}
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.SGD(trainable.values(), lr=0.1)
@@ -52,7 +53,7 @@ def test_round_trip(family, run, adapt, trained, tmp_path):
     torch.manual_seed(3)
     model = family.make().eval()
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    adapted = trained(adapt(model, family.head))
+    adapted = trained(adapt(model, family.head, activation_bits=4))
     expected = run(adapted, family.images()).detach()
     adapted.save_pretrained(tmp_path)
 

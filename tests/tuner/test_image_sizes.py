@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from peft import PeftModel
 
 
 @pytest.mark.parametrize(
@@ -64,15 +67,44 @@ def test_non_square_pretraining_grid(run, adapt, trained):
     assert run(model, torch.randn(2, 3, 32, 16)).shape == (2, 2)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(families, run, adapt, trained):
-    family = families["hf-vit"]
-    model = trained(adapt(family.make())).train()
-    run(model, family.images()).sum().backward()
-    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
-    run(model, family.images()).sum().backward()
-    assert expected
-    for name, parameter in model.named_parameters():
-        if name in expected:
-            torch.testing.assert_close(parameter.grad, expected[name])
+@pytest.mark.parametrize(
+    ("name", "image_size", "grids", "options"),
+    [
+        ("hf-dinov2", 64, [[8, 8]], {}),
+        ("hf-dinov2", (64, 16), [[8, 2]], {}),
+        ("hf-vit", [48, 64], [[6, 8]], {"interpolate_pos_encoding": True}),
+        ("hf-swin", 64, [[16, 16], [8, 8]], {}),
+        ("hf-resnet", 64, [[16, 16], [8, 8]], {}),
+    ],
+)
+def test_image_size_of_the_training(families, run, adapt, trained, tmp_path, name, image_size, grids, options):
+    family = families[name]
+    torch.manual_seed(0)
+    base = family.make().eval()
+    state = {key: value.clone() for key, value in base.state_dict().items()}
+    model = trained(adapt(base, image_size=image_size))
+    shapes = model.peft_config["default"].block_shapes
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    found = [shape["grid"] for shape in shapes.values()]
+    assert [grid for i, grid in enumerate(found) if grid not in found[:i]] == grids
+    for key, shape in shapes.items():
+        assert tuple(shape["image_size"]) == size
+        prompt = model.base_model.model.get_submodule(key).s2a.s2a_prompt_a["default"]
+        assert prompt.shape[0] == shape["num_extra"] + math.prod(shape["grid"])
+    images = family.images(size=size)
+    expected = run(model, images, **options).detach()
+    for other in (family.image_size, 96):
+        assert run(model, family.images(size=other), **options).isfinite().all()
+    model.save_pretrained(tmp_path)
+    fresh = family.make()
+    fresh.load_state_dict(state)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path)
+    assert loaded.peft_config["default"].image_size == model.peft_config["default"].image_size
+    torch.testing.assert_close(run(loaded, images, **options), expected)
+
+
+def test_image_size_that_the_model_refuses(families, adapt):
+    with pytest.raises(ValueError, match=r"image_size=\(32, 32, 32\) must be one number or 2"):
+        adapt(families["hf-dinov2"].make(), image_size=(32, 32, 32))
+    with pytest.raises(ValueError, match=r"shape \(3, 48, 48\): .*[Ii]nput"):
+        adapt(families["timm-vit"].make(), "head", image_size=48)
