@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -195,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     }
     if method_args.cost_table:
         size = method_args.cost_image_size or data_args.image_size
-        rows = measure_costs(load, to_batch(some, processor, size), options)
+        rows = measure_costs(load, to_batch(some, processor, size), replace(options, image_size=size))
         results["cost"] = rows
         write_costs(rows, output)
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -54,3 +54,27 @@ class SqrtProbabilityCodec(RowCodec):
         total = squares.sum(-1, keepdim=True)
         scaled = squares * torch.where(total > 0, total.reciprocal(), 0.0)
         return (scaled + largest.float() * 0).to(dtype)
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """Codec of a tensor whose rows have been encoded already: keeps the same tensors once more, at no cost.
+
+    Args:
+        kept: what `codec` made of the rows.
+        width: elements of a row.
+    """
+
+    codec: RowCodec
+    kept: Kept
+    width: int
+
+    @property
+    def unit(self) -> int:
+        return self.width
+
+    def encode(self, values: Tensor) -> Kept:
+        return self.kept
+
+    def decode(self, kept: Kept, numel: int, dtype: torch.dtype) -> Tensor:
+        return self.codec.decode(kept, self.width, dtype).reshape(-1)[:numel]

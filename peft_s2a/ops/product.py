@@ -10,11 +10,14 @@ from torch.autograd.function import once_differentiable
 
 from ..codecs.base import Codec, Kept
 from ..codecs.chunked import decode_range, encode_chunked
+from ..codecs.probability import KeptRows
 from .memory_order import flatten, memory_permutation, unflatten
 
 
 def _keep(codec: Codec, factor: Tensor) -> tuple[Kept, tuple[int, ...]]:
     permutation = memory_permutation(factor)
+    if isinstance(codec, KeptRows):
+        return codec.kept, permutation
     flat = flatten(factor, permutation)
     return encode_chunked(codec, flat.numel(), flat.device, lambda start, stop: flat[start:stop]), permutation
 

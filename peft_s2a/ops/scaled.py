@@ -13,17 +13,18 @@ class ScaledTensors:
     def __init__(self) -> None:
         self._entries = WeakTensorKeyDictionary()
 
-    def __reduce__(self) -> tuple[type[ScaledTensors], tuple[()]]:
-        return ScaledTensors, ()
-
     def record(self, result: Tensor, source: Tensor, factor: float) -> None:
         """Nothing is recorded while a graph is traced."""
         if not torch.compiler.is_compiling():
-            self._entries[result] = (source, factor)
+            self._entries[result] = (source, factor, result._version, source._version)
 
     def get(self, tensor: Tensor) -> tuple[Tensor, float]:
-        """Source and factor; the tensor itself and 1 if nothing is known of it."""
+        """Source and factor; the tensor itself and 1 if nothing is known of it, or one was changed in place since."""
         if torch.compiler.is_compiling():
             return tensor, 1.0
-        found: tuple[Tensor, float] = self._entries.get(tensor, (tensor, 1.0))
-        return found
+        entry = self._entries.get(tensor)
+        if entry is not None:
+            source, factor, *versions = entry
+            if versions == [tensor._version, source._version]:
+                return source, factor
+        return tensor, 1.0

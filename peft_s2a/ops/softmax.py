@@ -25,18 +25,22 @@ class SoftmaxFunction(torch.autograd.Function):
     """Keeps the probabilities through `codec`."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, dtype: torch.dtype | None, codec: RowCodec) -> Tensor:
+    def forward(
+        ctx: Any, input: Tensor, dtype: torch.dtype | None, codec: RowCodec, sink: list[Tensor] | None
+    ) -> Tensor:
         output = torch.softmax(input, -1, dtype)
         rows = output.reshape(-1, output.shape[-1])
         ctx.codec, ctx.input_dtype = codec, input.dtype
         parts = [codec.encode(rows[start:stop]) for start, stop in _row_pieces(*rows.shape, rows.device)]
         kept = [torch.cat(column) if len(column) > 1 else column[0] for column in zip(*parts, strict=True)]
         ctx.save_for_backward(*kept)
+        if sink is not None:
+            sink.extend(kept)
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         kept = ctx.saved_tensors
         width = grad_output.shape[-1]
         grad = grad_output.reshape(-1, width)
@@ -45,9 +49,11 @@ class SoftmaxFunction(torch.autograd.Function):
             p = ctx.codec.decode(tuple(t[start:stop] for t in kept), width, grad.dtype)
             g = grad[start:stop]
             grad_input[start:stop] = p * (g - (g * p).sum(-1, keepdim=True))
-        return grad_input.view(grad_output.shape), None, None
+        return grad_input.view(grad_output.shape), None, None, None
 
 
-def softmax(input: Tensor, dtype: torch.dtype | None, codec: RowCodec) -> Tensor:
-    """`torch.softmax(input, -1, dtype)`."""
-    return SoftmaxFunction.apply(input, dtype, codec)
+def softmax(
+    input: Tensor, dtype: torch.dtype | None, codec: RowCodec, sink: list[Tensor] | None = None
+) -> Tensor:
+    """`torch.softmax(input, -1, dtype)`; what is kept is also put into `sink`, for products with the result."""
+    return SoftmaxFunction.apply(input, dtype, codec, sink)

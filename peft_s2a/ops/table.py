@@ -13,12 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..codecs.affine import ROW, GroupAffineCodec
 from ..codecs.base import Codec, IdentityCodec
 from ..codecs.channel import ChannelAffineCodec
 from ..codecs.levels import Derivative, DerivativeCodec
-from ..codecs.probability import SqrtProbabilityCodec
+from ..codecs.probability import KeptRows, SqrtProbabilityCodec
 from ..settings import ActivationSettings
 from . import derivatives
 from .attention import attention
@@ -48,6 +49,11 @@ class Context:
     recipes: RecipeBook = field(default_factory=RecipeBook)
     scaled: ScaledTensors = field(default_factory=ScaledTensors)
     sigmoids: ScaledTensors = field(default_factory=ScaledTensors)
+    rows: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    """Probabilities that are kept already, for the products that take them."""
+
+    def __reduce__(self) -> tuple[type[Context], tuple[ActivationSettings]]:
+        return Context, (self.settings,)  # what is remembered belongs to the tensors of one process
 
     def bits(self, kind: str) -> int | None:
         return self.settings.bits.get(kind)
@@ -340,13 +346,23 @@ def _softmax(
         return NotImplemented
     if dtype is None and isinstance(_stacklevel, torch.dtype):
         dtype = _stacklevel  # torch.softmax(input, dim, dtype)
-    return softmax(input, dtype, SqrtProbabilityCodec(context.bits("softmax") or 0))
+    codec = SqrtProbabilityCodec(context.bits("softmax") or 0)
+    if torch.compiler.is_compiling():
+        return softmax(input, dtype, codec)
+    kept: list[Tensor] = []
+    output = softmax(input, dtype, codec, kept)
+    if output.is_contiguous():
+        context.rows[output] = KeptRows(codec, tuple(kept), output.shape[-1])
+    return output
 
 
 def _factor_codec(context: Context, factor: Tensor) -> Codec:
     """Codes for a large factor; a small one (the gates of a squeeze-and-excite) stays as it is."""
     if factor.numel() < MIN_ELEMENTS or factor.dtype == torch.float64:
         return IdentityCodec()
+    if not torch.compiler.is_compiling() and factor in context.rows:
+        kept: KeptRows = context.rows[factor]
+        return kept
     return GroupAffineCodec(context.bits("product") or 0)
 
 

@@ -87,4 +87,4 @@ def test_the_last_adapter_can_go(vit, images, run, adapt, trained):
     model = trained(adapt(vit))
     model.delete_adapter("default")
     assert not list(model.peft_config)
-    torch.testing.assert_close(run(model, images), expected)
+    torch.testing.assert_close(run(model.base_model, images), expected)
