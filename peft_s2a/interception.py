@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from .ops.leftovers import LeftoverHooks
 from .ops.table import GROWING, TABLE, Context
 from .settings import ActivationSettings
 
@@ -50,6 +51,8 @@ class ActivationMode(TorchFunctionMode):
     def __init__(self, settings: ActivationSettings) -> None:
         super().__init__()
         self.context = Context(settings)
+        other_bits = settings.bits.get("other")
+        self.leftovers = None if other_bits is None else LeftoverHooks(other_bits)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -58,7 +61,7 @@ class ActivationMode(TorchFunctionMode):
         handler = TABLE.get(func)
         if handler is not None:
             if torch.is_grad_enabled() and _needs_grad(args, kwargs):
-                result = handler(self.context, *args, **kwargs)
+                result = self._operate(handler, args, kwargs)
                 if result is not NotImplemented:
                     return result
             return func(*args, **kwargs)
@@ -71,6 +74,25 @@ class ActivationMode(TorchFunctionMode):
         return result
 
 
+    def _operate(self, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs an operator; what it keeps is coded as it says, not as a leftover."""
+        leftovers = self.leftovers
+        if leftovers is None or torch.compiler.is_compiling():
+            return handler(self.context, *args, **kwargs)
+        leftovers.paused = True
+        try:
+            return handler(self.context, *args, **kwargs)
+        finally:
+            leftovers.paused = False
+
+
+class Entered(NamedTuple):
+    """What one call of `ActivationInterceptor.enter` has entered."""
+
+    mode: ActivationMode | None
+    leftovers: LeftoverHooks | None
+
+
 class _InMode:
     """A function that runs in the interceptor's mode, also when nothing around it has entered it."""
 
@@ -79,11 +101,11 @@ class _InMode:
         self.interceptor = interceptor
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        mode = self.interceptor.mode_to_enter()
-        if mode is None:
+        entered = self.interceptor.enter()
+        try:
             return self.function(*args, **kwargs)
-        with mode:
-            return self.function(*args, **kwargs)
+        finally:
+            self.interceptor.leave(entered)
 
 
 class _CheckpointInMode:
@@ -111,7 +133,8 @@ class ActivationInterceptor:
         self.layer: BaseTunerLayer | None = None
         self._modes: dict[str, ActivationMode] = {}
         self._handles: dict[nn.Module, tuple[RemovableHandle, ...]] = {}
-        self._entered: list[ActivationMode | None] = []
+        self._entered: list[Entered] = []
+        self._depth = 0
 
     def set_adapter_settings(self, adapter_name: str, settings: ActivationSettings) -> None:
         """Sets what is kept while `adapter_name` is active."""
@@ -151,19 +174,33 @@ class ActivationInterceptor:
                 return self._modes[name]
         return None
 
-    def mode_to_enter(self) -> ActivationMode | None:
-        """The active mode where one is needed and none has been entered."""
-        if not torch.is_grad_enabled() or any(entered is not None for entered in self._entered):
-            return None
-        return self.active_mode
+    def enter(self) -> Entered:
+        """Enters the active adapter's mode and the hooks for leftovers, each unless it is on top already."""
+        mode = self.active_mode if torch.is_grad_enabled() else None
+        if mode is None:
+            return Entered(None, None)
+        entered_mode = mode if self._depth == 0 else None
+        leftovers = None if torch.compiler.is_compiling() else mode.leftovers
+        if leftovers is not None and not leftovers.enter():
+            leftovers = None
+        if entered_mode is not None:
+            entered_mode.__enter__()
+            self._depth += 1
+        return Entered(entered_mode, leftovers)
+
+    def leave(self, entered: Entered) -> None:
+        """Undoes `enter`."""
+        if entered.mode is not None:
+            self._depth -= 1
+            entered.mode.__exit__(None, None, None)
+        if entered.leftovers is not None:
+            entered.leftovers.leave()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        mode = self.mode_to_enter() if module.training else None
-        if mode is not None:
-            if not torch.compiler.is_compiling():
-                self._enter_in_recomputations(module)
-            mode.__enter__()
-        self._entered.append(mode)
+        entered = self.enter() if module.training else Entered(None, None)
+        if entered.mode is not None and not torch.compiler.is_compiling():
+            self._enter_in_recomputations(module)
+        self._entered.append(entered)
 
     def _enter_in_recomputations(self, module: nn.Module) -> None:
         for child in module.modules():
@@ -172,6 +209,4 @@ class ActivationInterceptor:
                 setattr(child, _CHECKPOINT, _CheckpointInMode(checkpoint, self))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        mode = self._entered.pop()
-        if mode is not None:
-            mode.__exit__(None, None, None)
+        self.leave(self._entered.pop())

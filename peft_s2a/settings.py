@@ -11,7 +11,8 @@ BIT_LEVELS = (1, 2, 3, 4, 6, 8)
 OPERATOR_KINDS = ("gelu", "silu", "pointwise", "norm", "attention", "softmax", "linear", "product", "other")
 """Groups of operators whose bits can be set apart; the names are the keys of `activation_bits`."""
 
-BACKENDS = ("auto", "eager", "compile")
+BACKENDS = ("auto", "eager")
+"""Both run the operators as plain PyTorch; `torch.compile(model)` traces them together with the model."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class ActivationSettings:
         bits: bits per element for each operator kind of `OPERATOR_KINDS`; `None` for a kind leaves that kind to torch,
             exactly. Operators that are exact in fewer bits (ReLU, dropout, frozen convolution) are not listed: they
             are always on.
-        backend: `"auto"`, `"eager"` or `"compile"`.
+        backend: `"auto"` or `"eager"`.
     """
 
     bits: Mapping[str, int | None] = field(default_factory=dict)
@@ -34,7 +35,8 @@ class ActivationSettings:
     ) -> ActivationSettings:
         """Settings from the two fields of `S2AConfig`.
 
-        A number holds for every kind; a mapping sets some kinds and leaves the others at 4 bits; `None` is exact.
+        A number holds for every kind of operator; a mapping sets some kinds and leaves the others at 4 bits; `None` is
+        exact. What operators outside the table save (`"other"`) has 8 bits unless a mapping says otherwise.
 
         Raises:
             ValueError: for bits outside `BIT_LEVELS`, an unknown kind or an unknown backend.
@@ -47,9 +49,9 @@ class ActivationSettings:
                 raise ValueError(
                     f"activation_bits has unknown operator kinds {unknown}; known are {', '.join(OPERATOR_KINDS)}."
                 )
-            bits: dict[str, int | None] = dict.fromkeys(OPERATOR_KINDS, 4) | dict(activation_bits)
+            bits: dict[str, int | None] = dict.fromkeys(OPERATOR_KINDS, 4) | {"other": 8} | dict(activation_bits)
         else:
-            bits = dict.fromkeys(OPERATOR_KINDS, activation_bits)
+            bits = dict.fromkeys(OPERATOR_KINDS, activation_bits) | {"other": None if activation_bits is None else 8}
         for kind, num_bits in bits.items():
             if num_bits is not None and (isinstance(num_bits, bool) or num_bits not in BIT_LEVELS):
                 raise ValueError(

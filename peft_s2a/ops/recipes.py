@@ -47,6 +47,10 @@ class RecipeBook:
         # recipe of a result, and the versions of the result and of the recipe's leaves when it was made
         self._recipes = WeakTensorKeyDictionary()
 
+    def __reduce__(self) -> tuple[type[RecipeBook], tuple[()]]:
+        # copies and pickles of a model start without recipes: they belong to tensors of this process
+        return RecipeBook, ()
+
     def get(self, tensor: Tensor) -> Recipe | None:
         """The recipe of `tensor`, unless it or what it was made of has been changed in place since."""
         recipe, versions = self._recipes.get(tensor, (None, None))

@@ -13,6 +13,9 @@ class ScaledTensors:
     def __init__(self) -> None:
         self._entries = WeakTensorKeyDictionary()
 
+    def __reduce__(self) -> tuple[type[ScaledTensors], tuple[()]]:
+        return ScaledTensors, ()
+
     def record(self, result: Tensor, source: Tensor, factor: float) -> None:
         """Nothing is recorded while a graph is traced."""
         if not torch.compiler.is_compiling():

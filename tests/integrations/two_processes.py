@@ -1,4 +1,4 @@
-"""Run by `accelerate launch` in two processes: distributed training against the same training in one process.
+"""Run in two processes: distributed training against the same training in one process.
 
 Usage: two_processes.py FOLDER, where the main process saves the adapter.
 """

@@ -53,8 +53,9 @@ def kept_bytes() -> KeptBytes:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the pieces of a CPU small, so that small tensors have several."""
-    for module in (chunked, attention, softmax):
+    for module in (chunked, softmax):
         monkeypatch.setattr(module, "CPU_CHUNK", 64)
+    monkeypatch.setattr(attention, "CPU_CHUNK", 1)  # one item of a batch at a time
 
 
 def gradients(output: Tensor, inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
