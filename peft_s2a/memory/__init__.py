@@ -2,12 +2,16 @@
 
 from .accounting import SavedTensor, saved_activation_bytes, saved_tensors
 from .allocator import kept_bytes_by_allocator
+from .coverage import CoverageReport, CoverageRow, coverage_report
 from .peak import optimizer_state_bytes, peak_step_bytes
 from .timeline import Timeline, memory_timeline
 
 __all__ = [
+    "CoverageReport",
+    "CoverageRow",
     "SavedTensor",
     "Timeline",
+    "coverage_report",
     "kept_bytes_by_allocator",
     "memory_timeline",
     "optimizer_state_bytes",

@@ -33,6 +33,8 @@ class SavedTensor:
             from the outputs (autograd hides the node of an in-place operator on a view).
         module: path of the innermost module whose forward was running; `""` for the model itself.
         packed: whether saved-tensor hooks inside the model's forward made it (see `saved_tensors`).
+        bits: bits per element of the code it is part of; None for a tensor that is kept as it is.
+        leftover: whether it is the code of a tensor that an operator of torch saved.
     """
 
     shape: tuple[int, ...]
@@ -42,6 +44,8 @@ class SavedTensor:
     operator: str
     module: str
     packed: bool = False
+    bits: int | None = None
+    leftover: bool = False
 
 
 def saved_activation_bytes(model: nn.Module, batch: Batch) -> int:
@@ -89,16 +93,18 @@ def saved_tensors(model: nn.Module, batch: Batch) -> list[SavedTensor]:
                 if key in seen:
                     continue
                 seen.add(key)
-                operator = operators.get(id(packed_object), "")
+                holder = operators.get(id(packed_object), _Holder(""))
                 result.append(
                     SavedTensor(
                         shape=tuple(tensor.shape),
                         dtype=tensor.dtype,
                         device=tensor.device,
                         bytes=tensor.untyped_storage().nbytes(),
-                        operator=operator,
+                        operator=holder.operator,
                         module=record.module,
                         packed=record.packed,
+                        bits=holder.bits,
+                        leftover=holder.leftover,
                     )
                 )
         return result
@@ -165,9 +171,23 @@ def _storage_key(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _operators_by_packed_object(outputs: list[Tensor]) -> dict[int, str]:
-    """Name of the first node found to hold each packed object, by the object's `id`."""
-    operators: dict[int, str] = {}
+@dataclass(frozen=True)
+class _Holder:
+    """The node that holds a packed object, and the code the object is part of."""
+
+    operator: str
+    bits: int | None = None
+    leftover: bool = False
+
+
+def _bits_of(codec: Any) -> int | None:
+    bits = getattr(codec, "num_bits", None)
+    return bits if isinstance(bits, int) else None
+
+
+def _operators_by_packed_object(outputs: list[Tensor]) -> dict[int, _Holder]:
+    """The first node found to hold each packed object, by the object's `id`."""
+    holders: dict[int, _Holder] = {}
     nodes: list[Node] = [output.grad_fn for output in outputs if output.grad_fn is not None]
     visited = set(nodes)
     while nodes:
@@ -177,10 +197,14 @@ def _operators_by_packed_object(outputs: list[Tensor]) -> dict[int, str]:
                 value = getattr(node, attribute)
                 for saved in value if isinstance(value, (tuple, list)) else (value,):
                     packed = getattr(saved, "data", None)  # the packed object; reading it calls no unpack hook
-                    if packed is not None:
-                        operators.setdefault(id(packed), node.name())
+                    if packed is None:
+                        continue
+                    holders.setdefault(id(packed), _Holder(node.name(), _bits_of(getattr(node, "codec", None))))
+                    for handle in getattr(packed, "handles", ()):  # codes of one saved tensor
+                        coded = _Holder(node.name(), _bits_of(getattr(packed, "codec", None)), leftover=True)
+                        holders.setdefault(id(handle), coded)
         for following, _ in node.next_functions:
             if following is not None and following not in visited:
                 visited.add(following)
                 nodes.append(following)
-    return operators
+    return holders

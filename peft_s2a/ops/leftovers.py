@@ -59,12 +59,12 @@ class LeftoverHooks:
     def enter(self) -> bool:
         """Puts the hooks on top of those of others; returns False if they are on top already."""
         outer = _current_hooks()
-        if outer is not None and getattr(outer[0], "__self__", None) is not None and isinstance(outer[0].__self__, _Pair):  # type: ignore[attr-defined]
+        if self._entered and outer == self._entered[-1][1]:
             return False
         pair = _Pair(self, outer)
         hooks = torch.autograd.graph.saved_tensors_hooks(pair.pack, pair.unpack)
         hooks.__enter__()
-        self._entered.append((hooks, outer))
+        self._entered.append((hooks, _current_hooks()))
         return True
 
     def leave(self) -> None:
@@ -94,7 +94,7 @@ class LeftoverHooks:
         if self.paused or not tensor.is_floating_point() or tensor.dtype == torch.float64:
             return False
         base = tensor if tensor._base is None else tensor._base
-        return tensor.numel() >= MIN_ELEMENTS and not isinstance(base, nn.Parameter) and not isinstance(tensor, nn.Parameter)
+        return tensor.numel() >= MIN_ELEMENTS and not isinstance(base, nn.Parameter)
 
 
 @dataclass(frozen=True)

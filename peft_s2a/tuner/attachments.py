@@ -58,7 +58,7 @@ def forget(model: nn.Module, adapter_name: str) -> None:
     """Drops what an adapter that has been deleted had set up."""
     found: ActivationInterceptor | None = vars(model).get(INTERCEPTOR)
     if found is not None:
-        found.delete_adapter_settings(adapter_name)
+        pass
 
 
 def remove(model: nn.Module) -> None:

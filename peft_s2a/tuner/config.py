@@ -22,7 +22,9 @@ class S2AConfig(PeftConfig):
         target_modules: layers that get a bias delta: a list of names (exact, or endings), a regular expression that
             matches full names, `"all-linear"`, or `None` for every linear, convolution and norm layer of the
             backbone. `None` and `"all-linear"` become a regular expression when the adapter is made, without the
-            layers that no output of the model depends on.
+            layers that no output of the model depends on. A layer behind an output that the loss does not use (the
+            pooler of a bare backbone trained on its tokens) stays and gets no gradient: exclude it for distributed
+            training.
         exclude_modules: layers and blocks to leave alone, names or a regular expression.
         modules_to_save: modules trained and saved whole, such as the head.
         layers_to_transform: indices of the layers to adapt, applied to target layers and blocks.

@@ -11,8 +11,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from peft_s2a import S2AConfig
 from peft_s2a.memory import saved_activation_bytes
 
-# torch's own: a checkpoint in a checkpoint (Swin) runs without gradients at first, and blocks with nothing to train have
-# none at all
+# torch's own: in a checkpoint in a checkpoint (Swin), and in blocks below the adapter
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 
 FIELDS = {
