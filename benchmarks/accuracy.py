@@ -50,9 +50,9 @@ class Variant:
 
 
 VARIANTS = {
-    "full": Variant("full", None, (2e-5, 5e-5)),
-    "s2a-exact": Variant("s2a", None, (2e-3, 5e-3)),
-    "s2a-4bit": Variant("s2a", 4, (2e-3, 5e-3)),
+    "full": Variant("full", None, (1e-5, 2e-5, 5e-5)),
+    "s2a-exact": Variant("s2a", None, (5e-4, 1e-3, 2e-3)),
+    "s2a-4bit": Variant("s2a", 4, (5e-4, 1e-3, 2e-3)),
     "lora": Variant("lora", None, (3e-4, 1e-3, 3e-3)),
     "linear_probe": Variant("linear_probe", None, (3e-3, 1e-2, 3e-2)),
 }

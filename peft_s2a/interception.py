@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from .ops.leftovers import LeftoverHooks
-from .ops.table import GROWING, TABLE, Context
 from .settings import ActivationSettings
+from .table import GROWING, TABLE, Context
 
 
 def _needs_grad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -73,7 +73,6 @@ class ActivationMode(TorchFunctionMode):
             self.context.recipes.record(result, func, args, kwargs)
         return result
 
-
     def _operate(self, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs an operator; what it keeps is coded as it says, not as a leftover."""
         leftovers = self.leftovers
@@ -109,7 +108,7 @@ class _InMode:
 
 
 class _CheckpointInMode:
-    """A module's checkpointing function (transformers), which recomputes `forward` alone, without the module's hooks."""
+    """A module's checkpointing function (transformers): it recomputes `forward` alone, without the module's hooks."""
 
     def __init__(self, checkpoint: Callable[..., Any], interceptor: ActivationInterceptor) -> None:
         self.checkpoint = checkpoint
@@ -133,7 +132,7 @@ class ActivationInterceptor:
         self.layer: BaseTunerLayer | None = None
         self._modes: dict[str, ActivationMode] = {}
         self._handles: dict[nn.Module, tuple[RemovableHandle, ...]] = {}
-        self._entered: list[Entered] = []
+        self._entered: list[tuple[nn.Module, Entered]] = []
         self._depth = 0
 
     def set_adapter_settings(self, adapter_name: str, settings: ActivationSettings) -> None:
@@ -144,14 +143,15 @@ class ActivationInterceptor:
         self._modes.pop(adapter_name, None)
 
     def attach(self, module: nn.Module) -> None:
-        """Registers the entering and the leaving hook on `module`; a second call for a module does nothing.
+        """Registers the entering and the leaving hook on `module`, around all hooks that it has by now.
 
-        Hooks that shall run inside the mode are registered before.
+        A second call for a module moves them: hooks registered in between run inside the mode too.
         """
-        if module not in self._handles:
-            enter = module.register_forward_pre_hook(self._enter, prepend=True)
-            leave = module.register_forward_hook(self._leave, always_call=True)
-            self._handles[module] = (enter, leave)
+        for handle in self._handles.pop(module, ()):
+            handle.remove()
+        enter = module.register_forward_pre_hook(self._enter, prepend=True)
+        leave = module.register_forward_hook(self._leave, always_call=True)
+        self._handles[module] = (enter, leave)
 
     def detach(self) -> None:
         """Removes every hook."""
@@ -200,7 +200,7 @@ class ActivationInterceptor:
         entered = self.enter() if module.training else Entered(None, None)
         if entered.mode is not None and not torch.compiler.is_compiling():
             self._enter_in_recomputations(module)
-        self._entered.append(entered)
+        self._entered.append((module, entered))
 
     def _enter_in_recomputations(self, module: nn.Module) -> None:
         for child in module.modules():
@@ -209,4 +209,6 @@ class ActivationInterceptor:
                 setattr(child, _CHECKPOINT, _CheckpointInMode(checkpoint, self))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.leave(self._entered.pop())
+        # a hook of others may have raised before `_enter`: then there is nothing of this module to leave
+        if self._entered and self._entered[-1][0] is module:
+            self.leave(self._entered.pop()[1])

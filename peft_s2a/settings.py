@@ -43,15 +43,19 @@ class ActivationSettings:
         """
         if activation_backend not in BACKENDS:
             raise ValueError(f"activation_backend={activation_backend!r} is not one of {', '.join(BACKENDS)}.")
+        common = 4 if isinstance(activation_bits, Mapping) else activation_bits
+        bits: dict[str, int | None] = {}
+        for kind in OPERATOR_KINDS:
+            bits[kind] = common
+        if common is not None:
+            bits["other"] = 8
         if isinstance(activation_bits, Mapping):
             unknown = sorted(set(activation_bits) - set(OPERATOR_KINDS))
             if unknown:
                 raise ValueError(
                     f"activation_bits has unknown operator kinds {unknown}; known are {', '.join(OPERATOR_KINDS)}."
                 )
-            bits: dict[str, int | None] = dict.fromkeys(OPERATOR_KINDS, 4) | {"other": 8} | dict(activation_bits)
-        else:
-            bits = dict.fromkeys(OPERATOR_KINDS, activation_bits) | {"other": None if activation_bits is None else 8}
+            bits.update(activation_bits)
         for kind, num_bits in bits.items():
             if num_bits is not None and (isinstance(num_bits, bool) or num_bits not in BIT_LEVELS):
                 raise ValueError(

@@ -2,7 +2,8 @@
 
 The zero point is rounded down and the scale up before any code is chosen, so the range always covers the group and
 the error is at most half a (rounded) scale. Both are kept in bfloat16, which has float32's range. A group that holds
-NaN or an infinity, or whose range is itself beyond float32's, decodes to NaN; one narrower than 1e-36 to its zero point.
+NaN or an infinity, or whose range is itself beyond float32's, decodes to NaN; one narrower than 1e-36 to its
+zero point.
 """
 
 from __future__ import annotations

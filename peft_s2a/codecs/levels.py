@@ -9,6 +9,7 @@ zero mean. Encoding is one table lookup by cell, decoding one by code.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def optimal_clusters(values: Tensor, weights: Tensor, num_clusters: int) -> tupl
     borders.reverse()
     labels = torch.empty(n, dtype=torch.long)
     means = torch.empty(num_clusters, dtype=torch.double)
-    for k, (lo, hi) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+    for k, (lo, hi) in enumerate(itertools.pairwise(borders)):
         labels[order[lo:hi]] = k
         if hi > lo:
             means[k] = (first[hi] - first[lo]) / (mass[hi] - mass[lo])
@@ -113,15 +114,27 @@ def _bounded_at_infinity(derivative: Derivative) -> bool:
         return bool(derivative(torch.tensor([-math.inf, math.inf], device="cpu")).isfinite().all())
 
 
-# tables are constants of a traced graph: plain functions, since the tracer looks through a cache's wrapper
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _cell_codes_on(derivative: Derivative, num_bits: int, device: torch.device) -> Tensor:
-    return _table_on(derivative, num_bits, device).cell_codes
+class _Store:
+    """Tables by name: a tracer reads them as attributes, which become inputs of its graph."""
+
+
+_STORE = _Store()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _levels_on(derivative: Derivative, num_bits: int, device: torch.device) -> Tensor:
-    return _table_on(derivative, num_bits, device).levels
+def _stored(derivative: Derivative, num_bits: int, device: torch.device) -> str:
+    """Name of the table in the store, where it is put if need be; a constant of a traced graph."""
+    name = f"{derivative!r} {num_bits} {device}"
+    if not hasattr(_STORE, name):
+        setattr(_STORE, name, _table_on(derivative, num_bits, device))
+    return name
+
+
+def _table(derivative: Derivative, num_bits: int, device: torch.device) -> LevelTable:
+    if torch.compiler.is_compiling():
+        table: LevelTable = getattr(_STORE, _stored(derivative, num_bits, device))
+        return table
+    return _table_on(derivative, num_bits, device)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -145,7 +158,7 @@ class DerivativeCodec:
         return ROW
 
     def encode(self, values: Tensor) -> Kept:
-        cell_codes = _cell_codes_on(self.derivative, self.num_bits, values.device)
+        cell_codes = _table(self.derivative, self.num_bits, values.device).cell_codes
         rows = math.ceil(values.numel() / ROW)
         padding = rows * ROW - values.numel()
         if padding:
@@ -162,7 +175,7 @@ class DerivativeCodec:
 
     def decode(self, kept: Kept, numel: int, dtype: torch.dtype) -> Tensor:
         packed, poison = kept
-        table = _levels_on(self.derivative, self.num_bits, packed.device)
+        table = _table(self.derivative, self.num_bits, packed.device).levels
         codes = unpack(packed, self.num_bits, ROW).view(-1).to(torch.int32)
         levels = table.index_select(0, codes).view(-1, ROW)
         return (levels + poison.float().unsqueeze(1)).view(-1)[:numel].to(dtype)

@@ -15,6 +15,7 @@ from .base import Kept
 from .packing import pack, unpack
 
 
+@dataclass(frozen=True)
 class RowCodec:
     """Encodes `(R, C)` tensors row by row."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from ..codecs.base import Kept
 from ..codecs.channel import HeadCodec
 from ..codecs.chunked import CPU_CHUNK, DEVICE_CHUNK
 from .recipes import Recipe, flatten_recipe, rebuild
@@ -61,49 +62,58 @@ class AttentionFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         state, *rest = ctx.saved_tensors
-        kept = []
+        kept: list[Kept] = []
         for length in ctx.lengths:
             kept.append(tuple(rest[:length]))
             rest = rest[length:]
-        needs = ctx.needs_input_grad[:4]
-        mask = None
+        mask: Tensor | None = None
         if ctx.has_mask:
             mask = rest[0] if ctx.mask_tree is None else rebuild(ctx.mask_tree, rest)
         if torch.compiler.is_compiling():
-            q, k, v = (
-                ctx.codec.decode(t, shape, ctx.compute_dtype) for t, shape in zip(kept, ctx.shapes, strict=True)
-            )
+            q, k, v = (ctx.codec.decode(t, shape, ctx.compute_dtype) for t, shape in zip(kept, ctx.shapes, strict=True))
             found = _explicit_backward(q, k, v, mask, ctx.options, grad_output.to(ctx.compute_dtype))
-            return *(g.to(d) if n else None for g, d, n in zip(found, ctx.dtypes, needs, strict=False)), None, None, None, None
-        items = ctx.shapes[0][0]
-        grads: list[Tensor | None] = [
-            torch.empty(shape, dtype=dtype, device=ctx.device) if need else None
-            for shape, dtype, need in zip(ctx.shapes, ctx.dtypes, needs, strict=False)
-        ]
-        whole = state is not None or needs[3]
-        step = items if whole else _items_per_piece(ctx.shapes[0], ctx.shapes[1], ctx.device)
-        grad_mask = None
-        for start in range(0, items, max(step, 1)):
-            stop = min(start + step, items)
-            decoded = [
-                ctx.codec.decode(tuple(t[start:stop] for t in k), (stop - start, *shape[1:]), ctx.compute_dtype)
-                .detach()
-                .requires_grad_(need)
-                for k, shape, need in zip(kept, ctx.shapes, needs, strict=False)
-            ]
-            piece_mask = mask if mask is None or mask.dim() < 4 or mask.shape[0] == 1 else mask[start:stop]
-            if needs[3]:
-                piece_mask = mask.detach().requires_grad_()
-            with torch.enable_grad(), replayed_rng(state, ctx.device):
-                output = sdpa(*decoded, attn_mask=piece_mask, **ctx.options)
-            wanted = [t for t in (*decoded, piece_mask) if t is not None and t.requires_grad]
-            found = iter(torch.autograd.grad(output, wanted, grad_output[start:stop].to(output.dtype)))
-            for target, need in zip(grads, needs, strict=False):
-                if need:
-                    target[start:stop] = next(found)  # type: ignore[index]
-            if needs[3]:
-                grad_mask = next(found)
-        return *grads, grad_mask, None, None, None
+            grads = [g.to(d) if n else None for g, d, n in zip(found, ctx.dtypes, ctx.needs_input_grad, strict=False)]
+            return *grads, None, None, None, None
+        return *_recomputed_backward(ctx, kept, mask, state, grad_output), None, None, None
+
+
+def _recomputed_backward(
+    ctx: Any, kept: list[Kept], mask: Tensor | None, state: Tensor | None, grad_output: Tensor
+) -> list[Tensor | None]:
+    """Gradients of q, k, v and the mask from torch's own attention, run again piece by piece on the decoded tensors."""
+    needs = ctx.needs_input_grad[:4]
+    items = ctx.shapes[0][0]
+    grads: list[Tensor | None] = [
+        torch.empty(shape, dtype=dtype, device=ctx.device) if need else None
+        for shape, dtype, need in zip(ctx.shapes, ctx.dtypes, needs, strict=False)
+    ]
+    grad_mask: Tensor | None = None
+    # random numbers, and a gradient of the mask, belong to the whole batch
+    whole = state is not None or needs[3]
+    step = items if whole else _items_per_piece(ctx.shapes[0], ctx.shapes[1], ctx.device)
+    for start in range(0, items, max(step, 1)):
+        stop = min(start + step, items)
+        inputs: list[Tensor] = []
+        for k, shape, need in zip(kept, ctx.shapes, needs, strict=False):
+            piece_shape = (stop - start, *shape[1:])
+            decoded = ctx.codec.decode(tuple(t[start:stop] for t in k), piece_shape, ctx.compute_dtype)
+            inputs.append(decoded.detach().requires_grad_(need))
+        piece_mask = mask
+        if mask is not None and needs[3]:
+            piece_mask = mask.detach().requires_grad_()
+            inputs.append(piece_mask)
+        elif mask is not None and mask.dim() == 4 and mask.shape[0] != 1:
+            piece_mask = mask[start:stop]
+        with torch.enable_grad(), replayed_rng(state, ctx.device):
+            output = sdpa(inputs[0], inputs[1], inputs[2], attn_mask=piece_mask, **ctx.options)
+        wanted = [t for t in inputs if t.requires_grad]
+        found = iter(torch.autograd.grad(output, wanted, grad_output[start:stop].to(output.dtype)))
+        for target in grads:
+            if target is not None:
+                target[start:stop] = next(found)
+        if needs[3]:
+            grad_mask = next(found)
+    return [*grads, grad_mask]
 
 
 def _explicit_backward(
@@ -111,7 +121,8 @@ def _explicit_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v by formula: traceable, where autograd inside a backward is not. No dropout.
 
-    P = softmax(q k^T scale + mask):  dv = P^T dy,  dS = P (dy v^T - sum(dy v^T P)),  dq = dS k scale,  dk = dS^T q scale
+    With P = softmax(q k^T scale + mask) and dS = P (dy v^T - sum(dy v^T P)):  dv = P^T dy,  dq = dS k scale,
+    dk = dS^T q scale.
     """
     groups = query.shape[1] // key.shape[1] if options["enable_gqa"] else 1
     if groups > 1:

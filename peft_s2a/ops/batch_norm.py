@@ -1,7 +1,7 @@
 """BatchNorm: in training the normalised input is kept in codes; with fixed statistics nothing is kept.
 
-    training:  dx = gamma invstd (dy - mean(dy) - x_hat mean(dy x_hat)),   means over batch and positions
-    fixed:     dx = gamma invstd dy
+training:  dx = gamma invstd (dy - mean(dy) - x_hat mean(dy x_hat)),   means over batch and positions
+fixed:     dx = gamma invstd dy
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ class FixedBatchNormFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.eps, ctx.shape = eps, input.shape
         ctx.save_for_backward(mean, variance, weight)
-        return torch.batch_norm(
-            input, weight, bias, mean, variance, False, 0.0, eps, torch.backends.cudnn.enabled
-        )
+        return torch.batch_norm(input, weight, bias, mean, variance, False, 0.0, eps, torch.backends.cudnn.enabled)
 
     @staticmethod
     @once_differentiable

@@ -13,7 +13,8 @@ def memory_permutation(x: Tensor) -> Permutation:
     """Dimensions from the slowest to the fastest in memory."""
     if x.is_contiguous():
         return tuple(range(x.dim()))
-    return tuple(sorted(range(x.dim()), key=lambda d: (-x.stride(d), d)))
+    strides = x.stride()
+    return tuple(sorted(range(x.dim()), key=lambda d: (-strides[d], d)))
 
 
 def flatten(x: Tensor, permutation: Permutation) -> Tensor:

@@ -19,7 +19,6 @@ from torch.autograd.function import once_differentiable
 from ..codecs.base import Codec
 from ..codecs.chunked import chunk_bounds, decode_range, encode_chunked
 
-
 Kind = Literal["layer", "rms", "unit"]
 
 

@@ -23,7 +23,11 @@ class PointwiseFunction(torch.autograd.Function):
         ctx.permutation = memory_permutation(input)
         flat = flatten(input, ctx.permutation)
         ctx.save_for_backward(*encode_chunked(codec, flat.numel(), flat.device, lambda start, stop: flat[start:stop]))
-        return function(input)
+        output = function(input)
+        if output is input:
+            ctx.mark_dirty(input)
+            return input  # by this name a tracer knows it again
+        return output
 
     @staticmethod
     @once_differentiable
@@ -38,5 +42,8 @@ class PointwiseFunction(torch.autograd.Function):
 
 
 def pointwise(input: Tensor, function: Callable[[Tensor], Tensor], codec: Codec) -> Tensor:
-    """`function(input)`, elementwise; `codec` decodes its derivative (`DerivativeCodec`, `ExactDerivativeCodec`)."""
+    """`function(input)`, elementwise; `codec` decodes its derivative (`DerivativeCodec`, `ExactDerivativeCodec`).
+
+    The function may work in place and return its argument.
+    """
     return PointwiseFunction.apply(input, function, codec)

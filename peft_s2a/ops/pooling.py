@@ -61,9 +61,7 @@ class MaxPoolFunction(torch.autograd.Function):
         dilation: tuple[int, int],
         ceil_mode: bool,
     ) -> Tensor:
-        output, indices = torch.ops.aten.max_pool2d_with_indices(
-            input, kernel, stride, padding, dilation, ceil_mode
-        )
+        output, indices = torch.ops.aten.max_pool2d_with_indices(input, kernel, stride, padding, dilation, ceil_mode)
         ctx.geometry = kernel, stride, padding, dilation, ceil_mode
         ctx.shape = input.shape
         ctx.num_bits = next(b for b in (1, 2, 4, 8) if 2**b >= kernel[0] * kernel[1])

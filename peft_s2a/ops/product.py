@@ -53,9 +53,7 @@ class ProductFunction(torch.autograd.Function):
         return *grads, None, None
 
 
-def _restore(
-    codec: Codec, kept: Kept, shape: torch.Size, permutation: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
+def _restore(codec: Codec, kept: Kept, shape: torch.Size, permutation: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return unflatten(decode_range(codec, kept, 0, shape.numel(), dtype), shape, permutation)
 
 

@@ -56,7 +56,9 @@ class RecipeBook:
         recipe, versions = self._recipes.get(tensor, (None, None))
         return recipe if recipe is not None and _versions(tensor, recipe) == versions else None
 
-    def record(self, result: Tensor, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record(
+        self, result: Tensor, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Remembers `result = function(*args, **kwargs)` if its parts are much smaller; none of them has a gradient."""
         inputs = _tensors(args) + _tensors(tuple(kwargs.values()))
         if any(t.requires_grad or t.is_inference() for t in (result, *inputs)):

@@ -21,13 +21,13 @@ class ScaledTensors:
         if not torch.compiler.is_compiling():
             self._entries[result] = (source, factor, result._version, source._version)
 
-    def get(self, tensor: Tensor) -> tuple[Tensor, float]:
-        """Source and factor; the tensor itself and 1 if nothing is known of it, or one was changed in place since."""
+    def get(self, tensor: Tensor) -> tuple[Tensor, float] | None:
+        """Source and factor; None if nothing is known of the tensor, or one was changed in place since."""
         if torch.compiler.is_compiling():
-            return tensor, 1.0
+            return None
         entry = self._entries.get(tensor)
         if entry is not None:
             source, factor, *versions = entry
             if versions == [tensor._version, source._version]:
                 return source, factor
-        return tensor, 1.0
+        return None

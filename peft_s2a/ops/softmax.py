@@ -1,6 +1,6 @@
 """Softmax along the last dimension: probabilities are kept in codes of their square roots.
 
-    dx = P (dy - sum(dy P)), with the same decoded P in both places, so that the rows of dx sum to zero
+dx = P (dy - sum(dy P)), with the same decoded P in both places, so that the rows of dx sum to zero
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from ..codecs.chunked import CPU_CHUNK, DEVICE_CHUNK
 from ..codecs.probability import RowCodec
 
 
-def _row_pieces(rows: int, width: int, device: torch.device) -> list[tuple[int, int]]:
-    size = CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK
+def _row_pieces(matrix: Tensor) -> list[tuple[int, int]]:
+    """Ranges of rows of an `(R, C)` tensor that are encoded or decoded at a time."""
+    rows, width = matrix.shape
+    size = CPU_CHUNK if matrix.device.type == "cpu" else DEVICE_CHUNK
     step = max(rows, 1) if torch.compiler.is_compiling() else max(1, size // max(width, 1))
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
@@ -31,7 +33,7 @@ class SoftmaxFunction(torch.autograd.Function):
         output = torch.softmax(input, -1, dtype)
         rows = output.reshape(-1, output.shape[-1])
         ctx.codec, ctx.input_dtype = codec, input.dtype
-        parts = [codec.encode(rows[start:stop]) for start, stop in _row_pieces(*rows.shape, rows.device)]
+        parts = [codec.encode(rows[start:stop]) for start, stop in _row_pieces(rows)]
         kept = [torch.cat(column) if len(column) > 1 else column[0] for column in zip(*parts, strict=True)]
         ctx.save_for_backward(*kept)
         if sink is not None:
@@ -45,15 +47,13 @@ class SoftmaxFunction(torch.autograd.Function):
         width = grad_output.shape[-1]
         grad = grad_output.reshape(-1, width)
         grad_input = torch.empty(grad.shape, dtype=ctx.input_dtype, device=grad.device)
-        for start, stop in _row_pieces(*grad.shape, grad.device):
+        for start, stop in _row_pieces(grad):
             p = ctx.codec.decode(tuple(t[start:stop] for t in kept), width, grad.dtype)
             g = grad[start:stop]
             grad_input[start:stop] = p * (g - (g * p).sum(-1, keepdim=True))
         return grad_input.view(grad_output.shape), None, None, None
 
 
-def softmax(
-    input: Tensor, dtype: torch.dtype | None, codec: RowCodec, sink: list[Tensor] | None = None
-) -> Tensor:
+def softmax(input: Tensor, dtype: torch.dtype | None, codec: RowCodec, sink: list[Tensor] | None = None) -> Tensor:
     """`torch.softmax(input, -1, dtype)`; what is kept is also put into `sink`, for products with the result."""
     return SoftmaxFunction.apply(input, dtype, codec, sink)

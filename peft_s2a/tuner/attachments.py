@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..interception import ActivationInterceptor
@@ -11,7 +12,7 @@ from .checkpointing import prepare_checkpointing, release_checkpointing
 from .config import S2AConfig
 from .image_size import ImageSize
 from .layer import S2ALayer
-from .matching import is_own, is_saved_whole, matches_names
+from .matching import is_own, is_saved_whole
 
 INTERCEPTOR = "_s2a_interceptor"
 IMAGE_SIZE = "_s2a_image_size"
@@ -41,9 +42,9 @@ def install(model: nn.Module, adapter_name: str, config: S2AConfig) -> None:
     activation = interceptor(model)
     activation.set_adapter_settings(adapter_name, config.activation_settings())
     activation.layer = next(module for module in model.modules() if isinstance(module, S2ALayer))
-    activation.attach(model)
     for name, module in model.named_modules():
-        if matches_names(config.block_modules, name) and not is_own(name):
+        # any part may be recomputed by a checkpoint of its own
+        if any(module.children()) and not is_own(name) and not isinstance(module, BaseTunerLayer):
             activation.attach(module)
     trained = {
         module
@@ -58,7 +59,7 @@ def forget(model: nn.Module, adapter_name: str) -> None:
     """Drops what an adapter that has been deleted had set up."""
     found: ActivationInterceptor | None = vars(model).get(INTERCEPTOR)
     if found is not None:
-        pass
+        found.delete_adapter_settings(adapter_name)
 
 
 def remove(model: nn.Module) -> None:

@@ -139,7 +139,7 @@ class S2AModel(BaseTuner):
         others = [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
         attachments.forget(self.model, adapter_name)
-        if False:  # layers choose by themselves, one that has no other adapter none
+        if was_active and self.peft_config:  # layers choose by themselves, one that has no other adapter none
             others = others or [next(iter(self.peft_config))]
             self.set_adapter(others, inference_mode=any(self.peft_config[name].inference_mode for name in others))
 

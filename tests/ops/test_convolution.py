@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from peft_s2a.ops.convolution import convolution
-from peft_s2a.ops.table import TABLE, Context
 from peft_s2a.settings import ActivationSettings
+from peft_s2a.table import TABLE, Context
 
 CONTEXT = Context(ActivationSettings())
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_s2a.ops.pooling import adaptive_average_pool, average_pool, max_pool
-from peft_s2a.ops.table import TABLE, Context
 from peft_s2a.settings import ActivationSettings
+from peft_s2a.table import TABLE, Context
 
 CONTEXT = Context(ActivationSettings())
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

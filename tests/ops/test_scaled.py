@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_s2a.ops.table import TABLE, Context
 from peft_s2a.settings import ActivationSettings
+from peft_s2a.table import TABLE, Context
 
 
 def quick_gelu(x: Tensor, context: Context | None) -> Tensor:

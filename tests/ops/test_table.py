@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_s2a.ops.table import TABLE, Context
 from peft_s2a.settings import ActivationSettings
+from peft_s2a.table import TABLE, Context
 
 FOUR = Context(ActivationSettings.from_config(4))
 EXACT = Context(ActivationSettings.from_config(None))

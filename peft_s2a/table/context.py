@@ -1,0 +1,62 @@
+"""What handlers share: the table that they enter themselves into, and what they know of a forward pass.
+
+A handler has the signature of the torch function behind a `Context`, and returns `NotImplemented` where its operator
+does not apply: torch's own then runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, float64
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..codecs.affine import ROW
+from ..ops.recipes import RecipeBook
+from ..ops.scaled import ScaledTensors
+from ..settings import ActivationSettings
+
+MIN_ELEMENTS = ROW
+"""Smaller tensors are left to torch: their codes would take a whole row."""
+
+
+@dataclass
+class Context:
+    """What handlers know: the settings of the active adapter, and how the tensors of this pass came about."""
+
+    settings: ActivationSettings
+    recipes: RecipeBook = field(default_factory=RecipeBook)
+    scaled: ScaledTensors = field(default_factory=ScaledTensors)
+    sigmoids: ScaledTensors = field(default_factory=ScaledTensors)
+    rows: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    """Probabilities that are kept already, for the products that take them."""
+
+    def __reduce__(self) -> tuple[type[Context], tuple[ActivationSettings]]:
+        return Context, (self.settings,)  # what is remembered belongs to the tensors of one process
+
+    def bits(self, kind: str) -> int | None:
+        return self.settings.bits.get(kind)
+
+
+Handler = Callable[..., Any]
+TABLE: dict[Callable[..., Any], Handler] = {}
+
+
+def replaces(*functions: Callable[..., Any]) -> Callable[[Handler], Handler]:
+    """Enters the decorated handler into `TABLE` for each torch function."""
+
+    def enter(handler: Handler) -> Handler:
+        for function in functions:
+            TABLE[function] = handler
+        return handler
+
+    return enter
+
+
+def applies(context: Context, kind: str, *tensors: Tensor) -> bool:
+    """Whether this kind of operator is coded, and the tensors are of a size and dtype to be."""
+    return context.bits(kind) is not None and all(
+        t.is_floating_point() and t.numel() >= MIN_ELEMENTS and t.dtype != float64 for t in tensors
+    )

@@ -1,0 +1,106 @@
+"""Linear layers, convolutions and pooling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..codecs.affine import GroupAffineCodec
+from ..codecs.base import IdentityCodec
+from ..ops.convolution import convolution
+from ..ops.linear import linear
+from ..ops.pooling import adaptive_average_pool, average_pool, max_pool
+from .context import MIN_ELEMENTS, TABLE, Context, Handler, applies, replaces
+
+
+@replaces(F.linear)
+def _linear(context: Context, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if not weight.requires_grad:
+        # torch keeps nothing of the input either, but a copy of the weight where autocast casts it
+        if not torch.is_autocast_enabled(input.device.type):
+            return NotImplemented
+        return linear(input, weight, bias, IdentityCodec())
+    # a head on pooled features (two dimensions) is small: it stays exact
+    if input.dim() < 3 or not applies(context, "linear", input):
+        return NotImplemented
+    return linear(input, weight, bias, GroupAffineCodec(context.bits("linear") or 0))
+
+
+def _convolution(dimensions: int) -> Handler:
+    def pair(value: Any) -> tuple[int, ...]:
+        return (value,) * dimensions if isinstance(value, int) else tuple(value) * (dimensions // len(tuple(value)))
+
+    def handler(
+        context: Context,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Any:
+        if weight.requires_grad or input.dim() != dimensions + 2:
+            return NotImplemented
+        stride, dilation = pair(stride), pair(dilation)
+        if isinstance(padding, str):
+            reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+            if padding == "same" and any(r % 2 for r in reach):
+                return NotImplemented
+            padding = tuple(r // 2 if padding == "same" else 0 for r in reach)
+        geometry = (stride, pair(padding), dilation, False, (0,) * dimensions, groups)
+        return convolution(input, weight, bias, geometry)
+
+    return handler
+
+
+for _dimensions, _function in enumerate((torch.conv1d, torch.conv2d, torch.conv3d), start=1):
+    TABLE[_function] = _convolution(_dimensions)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
+
+
+@replaces(F.max_pool2d, torch.max_pool2d)
+def _max_pool(
+    context: Context,
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    kernel = _pair(kernel_size)
+    if return_indices or kernel[0] * kernel[1] > 256 or input.numel() < MIN_ELEMENTS:
+        return NotImplemented
+    stride = kernel if stride is None or stride == [] else _pair(stride)
+    return max_pool(input, kernel, stride, _pair(padding), _pair(dilation), ceil_mode)
+
+
+@replaces(F.avg_pool2d)
+def _average_pool(
+    context: Context,
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Any:
+    kernel = _pair(kernel_size)
+    stride = kernel if stride is None or stride == [] else _pair(stride)
+    return average_pool(input, (kernel, stride, _pair(padding), ceil_mode, count_include_pad, divisor_override))
+
+
+@replaces(F.adaptive_avg_pool2d)
+def _adaptive_average_pool(context: Context, input: Tensor, output_size: Any) -> Any:
+    return adaptive_average_pool(input, output_size)
