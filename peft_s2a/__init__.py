@@ -4,6 +4,7 @@ Importing the package registers the method with PEFT: `get_peft_model(model, S2A
 `PeftModel.from_pretrained(...)` know it from then on.
 """
 
+from .memory import coverage_report, peak_step_bytes, saved_activation_bytes
 from .settings import ActivationSettings
 from .structure import BlockShape
 from .tuner import S2AConfig, S2AModel, register
@@ -12,4 +13,13 @@ __version__ = "0.1.0"
 
 register(S2AConfig, S2AModel)
 
-__all__ = ["ActivationSettings", "BlockShape", "S2AConfig", "S2AModel", "__version__"]
+__all__ = [
+    "ActivationSettings",
+    "BlockShape",
+    "S2AConfig",
+    "S2AModel",
+    "__version__",
+    "coverage_report",
+    "peak_step_bytes",
+    "saved_activation_bytes",
+]

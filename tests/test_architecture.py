@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "table": {"codecs", "ops", "settings"},
     "interception": {"ops", "settings", "table"},
     "tuner": {"interception", "memory", "settings", "structure"},
-    "__init__": {"settings", "structure", "tuner"},
+    "__init__": {"memory", "settings", "structure", "tuner"},
 }
 """For each part (a module or folder directly in the package) the parts that it may import."""
 

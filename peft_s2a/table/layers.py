@@ -23,8 +23,12 @@ def _linear(context: Context, input: Tensor, weight: Tensor, bias: Tensor | None
         if not torch.is_autocast_enabled(input.device.type):
             return NotImplemented
         return linear(input, weight, bias, IdentityCodec())
-    # a head on pooled features (two dimensions) is small: it stays exact
-    if input.dim() < 3 or not applies(context, "linear", input):
+    if input.dim() < 3:
+        # a head on pooled features is small and stays exact; a view of all tokens would keep them all
+        if input.untyped_storage().nbytes() > 2 * input.nbytes:
+            return F.linear(input.clone(), weight, bias)
+        return NotImplemented
+    if not applies(context, "linear", input):
         return NotImplemented
     return linear(input, weight, bias, GroupAffineCodec(context.bits("linear") or 0))
 

@@ -91,6 +91,14 @@ class BiasLayer(nn.Module, S2ALayer):
             return None
         return f"{type(self.base_layer).__name__} has no bias that its forward would add"
 
+    def creates_bias(self, adapter_name: str) -> bool:
+        """Whether merging this adapter gives the base layer a bias that it does not have."""
+        return any(
+            adapter_name in getattr(self, slot.leaf)
+            and getattr(self.base_layer.get_submodule(slot.owner), slot.name, None) is None
+            for slot in self.slots
+        )
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the deltas to the base layer's biases; a layer without one gets one until `unmerge`.
 

@@ -169,6 +169,18 @@ class S2AModel(BaseTuner):
         finally:
             self._names_to_merge = None
 
+    def _warn_of_new_biases(self, adapter_names: list[str]) -> None:
+        layers = [(key, layer) for key, layer in self.model.named_modules() if isinstance(layer, BiasLayer)]
+        new = [key for key, layer in layers if any(layer.creates_bias(name) for name in adapter_names)]
+        if new:
+            warnings.warn(
+                f"Merging gives {len(new)} layers a bias that they were made without, such as {new[0]}. A merged "
+                "checkpoint needs a model that has these biases: from_pretrained of the base class drops them. Keep the "
+                "adapter beside the model to save and load it.",
+                UserWarning,
+                stacklevel=4,
+            )
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -177,6 +189,8 @@ class S2AModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         self._names_to_merge = adapter_names
+        if merge:
+            self._warn_of_new_biases(adapter_names if adapter_names is not None else self.active_adapters)
         try:
             model: Any = super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,19 @@ BIAS_ONLY = {"prompt_rank": 0, "side_reduction": 0}
 MERGEABLE = ["hf-vit", "hf-beit", "hf-clip", "hf-swin", "hf-swinv2", "hf-resnet", "hf-convnext", "timm-efficientnet"]
 
 
+def test_new_biases_are_announced(families, adapt):
+    """A merged ResNet has biases that its class would drop when it is loaded."""
+    for name, layers in (("hf-resnet", 12), ("hf-vit", 0)):
+        model = adapt(families[name].make(), families[name].head, **BIAS_ONLY)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.merge_and_unload()
+        messages = [str(w.message) for w in caught if "a bias that they were made without" in str(w.message)]
+        assert len(messages) == bool(layers)
+        assert all(f"gives {layers} layers" in message for message in messages)
+
+
+@pytest.mark.filterwarnings("ignore:Merging gives:UserWarning")
 @pytest.mark.parametrize("name", [*MERGEABLE, "torchvision-vit"])
 def test_merge_and_unload_is_exact(families, run, adapt, trained, name):
     family = families[name]
