@@ -175,8 +175,8 @@ class S2AModel(BaseTuner):
         if new:
             warnings.warn(
                 f"Merging gives {len(new)} layers a bias that they were made without, such as {new[0]}. A merged "
-                "checkpoint needs a model that has these biases: from_pretrained of the base class drops them. Keep the "
-                "adapter beside the model to save and load it.",
+                "checkpoint needs a model that has these biases: from_pretrained of the base class drops them. Keep "
+                "the adapter beside the model to save and load it.",
                 UserWarning,
                 stacklevel=4,
             )

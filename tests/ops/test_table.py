@@ -106,3 +106,21 @@ def test_linear_rows(leaf: Any) -> None:
     assert handler(FOUR, x, weight.detach()) is NotImplemented
     assert handler(FOUR, leaf(32, 64), weight) is NotImplemented
     assert handler(EXACT, x, weight) is NotImplemented
+
+
+def test_a_head_on_one_token_keeps_that_token_alone(leaf: Any, kept_bytes: Any) -> None:
+    tokens, weight = leaf(4, 100, 64), leaf(8, 64).detach().requires_grad_()
+
+    def head(x: Tensor) -> Tensor:
+        found = TABLE[F.linear](FOUR, x[:, 0], weight)
+        assert found is not NotImplemented
+        return found
+
+    assert kept_bytes(lambda: F.linear(tokens[:, 0], weight), [weight]) == 4 * 100 * 64 * 4
+    assert kept_bytes(lambda: head(tokens), [weight]) == 4 * 64 * 4
+    found, expected = (
+        torch.autograd.grad(f(tokens).square().sum(), (tokens, weight))
+        for f in (head, lambda x: F.linear(x[:, 0], weight))
+    )
+    for ours, exact in zip(found, expected, strict=True):
+        assert torch.equal(ours, exact)

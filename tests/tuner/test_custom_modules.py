@@ -27,6 +27,7 @@ NETS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Merging gives:UserWarning")
 @pytest.mark.parametrize("name", NETS)
 def test_any_module(adapt, trained, tmp_path, name):
     make, shape, head = NETS[name]

@@ -91,6 +91,7 @@ def test_named_adapter_is_merged_beside_one_that_cannot_be(families, run, adapt,
     torch.testing.assert_close(run(model, families["hf-vit"].images()), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Merging gives:UserWarning")
 def test_a_norm_without_a_bias_is_refused(adapt):
     model = nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4), nn.Linear(4, 4))
     model = adapt(model, "2", target_modules=["0", "1"], **BIAS_ONLY)
