@@ -7,6 +7,7 @@ without gradients nothing is entered: the model runs untouched.
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,15 +19,22 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from .ops.leftovers import LeftoverHooks
+from .ops.leftovers import MIN_ELEMENTS, LeftoverHooks
 from .settings import ActivationSettings
-from .table import GROWING, TABLE, Context
+from .table import GROWING, MULTIPLYING, TABLE, Context
 
 
 def _needs_grad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return any(isinstance(a, Tensor) and a.requires_grad for a in args) or any(
         isinstance(a, Tensor) and a.requires_grad for a in kwargs.values()
     )
+
+
+def _all_need_grad(args: tuple[Any, ...]) -> bool:
+    """Whether no large tensor among the arguments is a constant: those are shared, and kept as they are."""
+    flat = [a for arg in args for a in (arg if isinstance(arg, (tuple, list)) else (arg,))]
+    large = [a for a in flat if isinstance(a, Tensor) and a.is_floating_point() and a.numel() >= MIN_ELEMENTS]
+    return bool(large) and all(a.requires_grad for a in large)
 
 
 def _without_override_check(function: types.FunctionType) -> Callable[..., Any]:
@@ -59,30 +67,22 @@ class ActivationMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         handler = TABLE.get(func)
-        if handler is not None:
-            if torch.is_grad_enabled() and _needs_grad(args, kwargs):
-                result = self._operate(handler, args, kwargs)
-                if result is not NotImplemented:
-                    return result
-            return func(*args, **kwargs)
+        if handler is not None and torch.is_grad_enabled() and _needs_grad(args, kwargs):
+            result = handler(self.context, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
         if func in _COMPOSITES:
             with self:
                 return _COMPOSITES[func](*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        if func in MULTIPLYING and self.leftovers is not None and _all_need_grad(args):
+            with self.leftovers.coding():
+                return func(*args, **kwargs)
         result = func(*args, **kwargs)
-        if func in GROWING and not torch.compiler.is_compiling():
+        if func in GROWING:
             self.context.recipes.record(result, func, args, kwargs)
         return result
-
-    def _operate(self, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs an operator; what it keeps is coded as it says, not as a leftover."""
-        leftovers = self.leftovers
-        if leftovers is None or torch.compiler.is_compiling():
-            return handler(self.context, *args, **kwargs)
-        leftovers.paused = True
-        try:
-            return handler(self.context, *args, **kwargs)
-        finally:
-            leftovers.paused = False
 
 
 class Entered(NamedTuple):
@@ -121,6 +121,17 @@ class _CheckpointInMode:
 _CHECKPOINT = "_gradient_checkpointing_func"
 
 
+class _State(threading.local):
+    """What one thread has entered."""
+
+    def __init__(self) -> None:
+        self.entered: list[tuple[nn.Module, Entered]] = []
+        self.depth = 0
+
+    def __reduce__(self) -> tuple[type[_State], tuple[()]]:
+        return _State, ()
+
+
 class ActivationInterceptor:
     """The hooks of one base model.
 
@@ -132,8 +143,7 @@ class ActivationInterceptor:
         self.layer: BaseTunerLayer | None = None
         self._modes: dict[str, ActivationMode] = {}
         self._handles: dict[nn.Module, tuple[RemovableHandle, ...]] = {}
-        self._entered: list[tuple[nn.Module, Entered]] = []
-        self._depth = 0
+        self._state = _State()
 
     def set_adapter_settings(self, adapter_name: str, settings: ActivationSettings) -> None:
         """Sets what is kept while `adapter_name` is active."""
@@ -179,19 +189,19 @@ class ActivationInterceptor:
         mode = self.active_mode if torch.is_grad_enabled() else None
         if mode is None:
             return Entered(None, None)
-        entered_mode = mode if self._depth == 0 else None
+        entered_mode = mode if self._state.depth == 0 else None
         leftovers = None if torch.compiler.is_compiling() else mode.leftovers
         if leftovers is not None and not leftovers.enter():
             leftovers = None
         if entered_mode is not None:
             entered_mode.__enter__()
-            self._depth += 1
+            self._state.depth += 1
         return Entered(entered_mode, leftovers)
 
     def leave(self, entered: Entered) -> None:
         """Undoes `enter`."""
         if entered.mode is not None:
-            self._depth -= 1
+            self._state.depth -= 1
             entered.mode.__exit__(None, None, None)
         if entered.leftovers is not None:
             entered.leftovers.leave()
@@ -200,7 +210,7 @@ class ActivationInterceptor:
         entered = self.enter() if module.training else Entered(None, None)
         if entered.mode is not None and not torch.compiler.is_compiling():
             self._enter_in_recomputations(module)
-        self._entered.append((module, entered))
+        self._state.entered.append((module, entered))
 
     def _enter_in_recomputations(self, module: nn.Module) -> None:
         for child in module.modules():
@@ -210,5 +220,5 @@ class ActivationInterceptor:
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         # a hook of others may have raised before `_enter`: then there is nothing of this module to leave
-        if self._entered and self._entered[-1][0] is module:
-            self.leave(self._entered.pop()[1])
+        if self._state.entered and self._state.entered[-1][0] is module:
+            self.leave(self._state.entered.pop()[1])

@@ -96,7 +96,6 @@ def level_table(derivative: Derivative, num_bits: int) -> LevelTable:
         edges = torch.linspace(-_RANGE, _RANGE, _CELLS + 1, dtype=torch.double)
         centres = (edges[1:] + edges[:-1]) / 2
         weights = reference_density(centres)
-        # the outer cells stand for the tails
         labels, means = optimal_clusters(derivative(centres), weights, 2**num_bits)
         return LevelTable(labels.to(torch.uint8), means.float())
 

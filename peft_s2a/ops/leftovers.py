@@ -1,4 +1,8 @@
-"""What operators outside the table save: large tensors go through a group-wise codec, none is kept in full.
+"""What operators outside the table save: large tensors go through a group-wise codec where backward bears it.
+
+A backward that multiplies with what was saved passes the code's error on as it is. One that divides by it or compares
+with it can turn the smallest error into a wrong gradient (`sqrt`, `log`, `amax`): what such functions save is kept as
+it is, and `coverage_report` says so.
 
 The codec acts through saved-tensor hooks. Hooks of others that were there before (offloading, checkpointing) still see
 what is kept: the packed codes and scales are handed on to them.
@@ -6,7 +10,9 @@ what is kept: the packed codes and scales are handed on to them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +46,15 @@ class CodedTensor:
     permutation: tuple[int, ...]
 
 
+class _State(threading.local):
+    """What one thread has entered and coded."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.entered: list[tuple[torch.autograd.graph.saved_tensors_hooks, Hooks | None]] = []
+        self.coded: dict[tuple[Any, ...], tuple[StorageWeakRef, CodedTensor]] = {}
+
+
 class LeftoverHooks:
     """Pack and unpack hooks; `enter` and `leave` nest.
 
@@ -49,9 +64,7 @@ class LeftoverHooks:
 
     def __init__(self, num_bits: int) -> None:
         self.codec = GroupAffineCodec(num_bits)
-        self.paused = False
-        self._entered: list[tuple[torch.autograd.graph.saved_tensors_hooks, Hooks | None]] = []
-        self._coded: dict[tuple[Any, ...], tuple[StorageWeakRef, CodedTensor]] = {}
+        self._state = _State()
 
     def __reduce__(self) -> tuple[type[LeftoverHooks], tuple[int]]:
         return LeftoverHooks, (self.codec.num_bits,)
@@ -59,26 +72,35 @@ class LeftoverHooks:
     def enter(self) -> bool:
         """Puts the hooks on top of those of others; returns False if they are on top already."""
         outer = _current_hooks()
-        if self._entered and outer == self._entered[-1][1]:
+        if self._state.entered and outer == self._state.entered[-1][1]:
             return False
         pair = _Pair(self, outer)
         hooks = torch.autograd.graph.saved_tensors_hooks(pair.pack, pair.unpack)
         hooks.__enter__()
-        self._entered.append((hooks, _current_hooks()))
+        self._state.entered.append((hooks, _current_hooks()))
         return True
 
     def leave(self) -> None:
         """Takes the hooks of the last `enter` off."""
-        hooks, _ = self._entered.pop()
+        hooks, _ = self._state.entered.pop()
         hooks.__exit__(None, None, None)
-        if not self._entered:
-            self._coded.clear()
+        if not self._state.entered:
+            self._state.coded.clear()
+
+    @contextmanager
+    def coding(self) -> Iterator[None]:
+        """What is saved inside goes through the codec."""
+        was, self._state.active = self._state.active, True
+        try:
+            yield
+        finally:
+            self._state.active = was
 
     def encode(self, tensor: Tensor, outer: Hooks | None) -> CodedTensor:
         """Codes of the tensor; the same ones for a tensor that is saved twice in a pass."""
         storage = tensor.untyped_storage()
         place = (storage.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor._version, id(outer))
-        known = self._coded.get(place)
+        known = self._state.coded.get(place)
         if known is not None and not known[0].expired():
             return known[1]
         permutation = memory_permutation(tensor)
@@ -86,12 +108,12 @@ class LeftoverHooks:
         kept = encode_chunked(self.codec, flat.numel(), flat.device, lambda start, stop: flat[start:stop])
         handles = kept if outer is None else tuple(outer[0](t) for t in kept)
         coded = CodedTensor(handles, self.codec, tensor.shape, tensor.dtype, permutation)
-        self._coded[place] = StorageWeakRef(storage), coded
+        self._state.coded[place] = StorageWeakRef(storage), coded
         return coded
 
     def applies(self, tensor: Tensor) -> bool:
         """Whether a saved tensor is a large activation, not a parameter or a view of one."""
-        if self.paused or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        if not self._state.active or not tensor.is_floating_point() or tensor.dtype == torch.float64:
             return False
         base = tensor if tensor._base is None else tensor._base
         return tensor.numel() >= MIN_ELEMENTS and not isinstance(base, nn.Parameter)

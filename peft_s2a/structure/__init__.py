@@ -1,6 +1,15 @@
 """What is trained: the bias delta, the low-rank prompt and the lite side branch."""
 
-from .bias import BiasSlot, bias_slots, call_with_bias_deltas, find_channel_dim, is_batch_norm, is_supported
+from .bias import (
+    BiasSlot,
+    bias_slots,
+    call_with_bias_deltas,
+    can_stand_in,
+    find_channel_dim,
+    is_batch_norm,
+    is_supported,
+    stand_in,
+)
 from .layout import BlockShape, Layout
 from .prompt import interpolate_rows, prompt_for, resolve_grid
 from .side import SideWeights, channel_average_pool, pooled_width, side_for
@@ -12,6 +21,7 @@ __all__ = [
     "SideWeights",
     "bias_slots",
     "call_with_bias_deltas",
+    "can_stand_in",
     "channel_average_pool",
     "find_channel_dim",
     "interpolate_rows",
@@ -21,4 +31,5 @@ __all__ = [
     "prompt_for",
     "resolve_grid",
     "side_for",
+    "stand_in",
 ]

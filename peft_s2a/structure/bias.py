@@ -139,32 +139,75 @@ def merged_bias(layer: nn.Module, slot: BiasSlot, delta: torch.Tensor) -> torch.
     return delta.to(dtype) if dtype.is_floating_point else delta
 
 
+def can_stand_in(layer: nn.Module) -> bool:
+    """Whether a `stand_in` can be called in the layer's place.
+
+    Not while a graph is traced, and not where the layer's forward has been replaced by a function bound to the layer
+    (accelerate's offloading does that).
+    """
+    return not torch.compiler.is_compiling() and "forward" not in vars(layer)
+
+
+def stand_in(layer: nn.Module) -> Any:
+    """A copy of the layer: the same parameters, buffers, children and hooks, the first three in its own dictionaries.
+
+    What is put into those is seen by this copy alone, so that threads that run the model do not see each other's.
+    """
+    copy: Any = object.__new__(type(layer))
+    vars(copy).update(vars(layer))
+    for name in ("_parameters", "_buffers", "_modules"):
+        vars(copy)[name] = dict(vars(layer)[name])
+    return copy
+
+
+def _with_biases(layer: nn.Module, biases: Mapping[BiasSlot, torch.Tensor]) -> Any:
+    copy = stand_in(layer)
+    for slot, bias in biases.items():
+        owner = copy
+        if slot.owner:
+            owner = copy._modules[slot.owner] = stand_in(copy._modules[slot.owner])
+        holder = _holder(owner, slot.name)
+        assert holder is not None
+        holder[slot.name] = bias
+    return copy
+
+
 def call_with_bias_deltas(
     layer: nn.Module, deltas: Mapping[BiasSlot, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Calls the layer with a delta on each of the given biases.
 
-    The layer is called as a module: its own hooks run. Its biases are put back whatever happens.
+    The layer is called as a module: its own hooks run. The layer itself is left as it is.
 
     Args:
         deltas: for a slot, the delta of shape (channels).
     """
-    swapped: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for slot, delta in deltas.items():
-            if slot.in_place:
-                bias = merged_bias(layer, slot, delta)
-                holder = _holder(layer.get_submodule(slot.owner), slot.name)
-                assert holder is not None
-                swapped.append((holder, slot.name, holder[slot.name]))
-                holder[slot.name] = bias
+    biases = {slot: merged_bias(layer, slot, delta) for slot, delta in deltas.items() if slot.in_place}
+    if not biases:
         output = layer(*args, **kwargs)
-    finally:
-        for holder, name, bias in swapped:
-            holder[name] = bias
+    elif can_stand_in(layer):
+        output = _with_biases(layer, biases)(*args, **kwargs)
+    else:
+        output = _call_with_swapped_biases(layer, biases, args, kwargs)
     for slot, delta in deltas.items():
         if not slot.in_place:
             shape = [1] * output.dim()
             shape[find_channel_dim(layer)] = slot.width
             output = output + delta.to(output.dtype).view(shape)
     return output
+
+
+def _call_with_swapped_biases(
+    layer: nn.Module, biases: Mapping[BiasSlot, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    swapped: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for slot, bias in biases.items():
+            holder = _holder(layer.get_submodule(slot.owner), slot.name)
+            assert holder is not None
+            swapped.append((holder, slot.name, holder[slot.name]))
+            holder[slot.name] = bias
+        return layer(*args, **kwargs)
+    finally:
+        for holder, name, bias in swapped:
+            holder[name] = bias

@@ -5,6 +5,6 @@ Importing the package fills `TABLE`. New operators add a handler, in one of thes
 
 from . import activations, attention, layers, norms
 from .context import TABLE, Context
-from .growing import GROWING
+from .functions import GROWING, MULTIPLYING
 
-__all__ = ["GROWING", "TABLE", "Context", "activations", "attention", "layers", "norms"]
+__all__ = ["GROWING", "MULTIPLYING", "TABLE", "Context", "activations", "attention", "layers", "norms"]

@@ -80,7 +80,7 @@ def _softmax(
     kept: list[Tensor] = []
     output = softmax(input, dtype, codec, kept)
     if output.is_contiguous():
-        context.rows[output] = KeptRows(codec, tuple(kept), output.shape[-1])
+        context.rows[output] = KeptRows(codec, tuple(kept), output.shape[-1]), output._version
     return output
 
 
@@ -89,8 +89,10 @@ def _factor_codec(context: Context, factor: Tensor) -> Codec:
     if factor.numel() < MIN_ELEMENTS or factor.dtype == torch.float64:
         return IdentityCodec()
     if not torch.compiler.is_compiling() and factor in context.rows:
-        kept: KeptRows = context.rows[factor]
-        return kept
+        kept, version = context.rows[factor]
+        if version == factor._version:  # not changed in place since
+            rows: KeptRows = kept
+            return rows
     return GroupAffineCodec(context.bits("product") or 0)
 
 

@@ -25,7 +25,7 @@ def _linear(context: Context, input: Tensor, weight: Tensor, bias: Tensor | None
         return linear(input, weight, bias, IdentityCodec())
     if input.dim() < 3:
         # a head on pooled features is small and stays exact; a view of all tokens would keep them all
-        if input.untyped_storage().nbytes() > 2 * input.nbytes:
+        if not torch.compiler.is_compiling() and input.untyped_storage().nbytes() > 2 * input.nbytes:
             return F.linear(input.clone(), weight, bias)
         return NotImplemented
     if not applies(context, "linear", input):

@@ -42,6 +42,8 @@ def _rms_norm(
 def _normalize(
     context: Context, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None
 ) -> Any:
+    if eps > 1e-5:  # rows below eps are divided by it, which has another derivative
+        return NotImplemented
     if p != 2 or dim % input.dim() != input.dim() - 1 or out is not None or not applies(context, "norm", input):
         return NotImplemented
     return normalize(input, eps, GroupAffineCodec(context.bits("norm") or 0))
@@ -59,6 +61,8 @@ def _group_norm(
 ) -> Any:
     if not applies(context, "norm", input) or (weight is not None and weight.requires_grad):
         return NotImplemented
+    if input.shape[1] % num_groups:
+        return NotImplemented  # torch's own error
     # every group of an item is a row of a layer norm; gamma and beta follow for each channel
     rows = input.reshape(input.shape[0] * num_groups, -1)
     codec = GroupAffineCodec(context.bits("norm") or 0)
@@ -66,7 +70,9 @@ def _group_norm(
     shape = (1, -1) + (1,) * (input.dim() - 2)
     if weight is not None:
         output = output * weight.view(shape)
-    return output if bias is None else output + bias.view(shape)
+    if bias is not None:
+        output = output + bias.view(shape)
+    return output.to(input.dtype)
 
 
 @replaces(F.batch_norm)

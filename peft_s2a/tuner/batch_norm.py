@@ -9,7 +9,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
-from ..structure import BiasSlot, is_batch_norm
+from ..structure import BiasSlot, call_with_bias_deltas, can_stand_in, is_batch_norm, stand_in
 from .config import S2AConfig
 from .discovery import unwrap
 from .layer import AttentionBiasLayer, BiasLayer
@@ -58,6 +58,11 @@ class BatchNormLayer(BiasLayer):
 
     def call_base_layer(self, deltas: Mapping[BiasSlot, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         base, statistics = self.base_layer, self._statistics()
+        if can_stand_in(base):
+            own_copy = stand_in(base)
+            own_copy.training = self.training and bool(statistics)
+            own_copy._buffers.update({name: values[adapter] for name, (values, adapter) in statistics.items()})
+            return call_with_bias_deltas(own_copy, deltas, args, kwargs)
         was_training, own = base.training, dict(base._buffers)
         base.training = self.training and bool(statistics)
         for name, (values, adapter) in statistics.items():

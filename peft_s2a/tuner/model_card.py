@@ -9,7 +9,7 @@ HEADING = "## How to load this S2A adapter"
 
 SECTION = """{heading}
 
-This adapter was made with [peft-s2a](https://pypi.org/project/peft-s2a/), which adds the method `S2A` to PEFT. Without
+This adapter was made with peft-s2a, which adds the method `S2A` to PEFT. Without
 `import peft_s2a` PEFT does not know the method and stops with `KeyError: 'S2A'`.
 
 ```python
