@@ -20,7 +20,7 @@ DEFAULTS = {
     "--dataset": "digits",
     "--image_size": "56",
     "--method": "s2a",
-    "--num_train_epochs": "3",
+    "--num_train_epochs": "2",
     "--per_device_train_batch_size": "16",
     "--cost_image_size": "224",
     "--cost_batch_size": "8",
