@@ -36,7 +36,8 @@ class ActivationSettings:
         """Settings from the two fields of `S2AConfig`.
 
         A number holds for every kind of operator; a mapping sets some kinds and leaves the others at 4 bits; `None` is
-        exact. What operators outside the table save (`"other"`) has 8 bits unless a mapping says otherwise.
+        exact. What operators outside the table save (`"other"`), where it is coded, has 8 bits unless a mapping says
+        otherwise.
 
         Raises:
             ValueError: for bits outside `BIT_LEVELS`, an unknown kind or an unknown backend.

@@ -40,7 +40,8 @@ class S2AConfig(PeftConfig):
             518 px but trained at 112 px gets 8 x 8 + 1 rows, not 37 x 37 + 1); other sizes are interpolated at run
             time. Saved with the adapter; models that ask for `interpolate_pos_encoding=True` still need it.
         activation_bits: bits per kept element: 1, 2, 3, 4, 6, 8, a mapping {operator kind: bits}, or `None` for exact.
-            What operators outside the library's table save has 8 bits unless a mapping sets `"other"`.
+            What operators outside the library's table save is coded only where their backward multiplies with it, in
+            8 bits unless a mapping sets `"other"`.
         activation_backend: `"auto"` or `"eager"`: the operators run as plain PyTorch, and are traced with the model by
             `torch.compile(model)`.
         train_batch_norm: whether running statistics of batch norms are trained and saved with the adapter; by default
