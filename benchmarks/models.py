@@ -73,6 +73,7 @@ _BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
 _LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 _SWIN_B = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 7}
 _CONVNEXT_B = {"depths": [3, 3, 27, 3], "hidden_sizes": [128, 256, 512, 1024]}
+_DINOV2_L = {key: value for key, value in _LARGE.items() if key != "intermediate_size"}
 _DINOV2_B = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -88,6 +89,14 @@ BUILDERS: dict[str, Callable[[], BenchmarkModel]] = {
         "BeitForImageClassification", "BeitConfig", ["classifier"], use_relative_position_bias=True
     ),
     "dinov2_b": lambda: _transformers("Dinov2ForImageClassification", "Dinov2Config", ["classifier"], **_DINOV2_B),
+    "dinov2_l": lambda: _transformers(
+        "Dinov2ForImageClassification",
+        "Dinov2Config",
+        ["classifier"],
+        image_size=IMAGE_SIZE,
+        patch_size=14,
+        **_DINOV2_L,
+    ),
     "dinov2_b_reg": lambda: _transformers(
         "Dinov2WithRegistersForImageClassification",
         "Dinov2WithRegistersConfig",

@@ -9,20 +9,25 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import markdown_table
 from benchmarks.results import Record, read
+from benchmarks.summaries import (
+    curves_table,
+    gradient_error_table,
+    layouts_table,
+    leak_table,
+    linear_table,
+    pareto_table,
+    whole_job_table,
+)
 
 ROOT = Path(__file__).parent.parent
 _MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table: the first column to the left, the others to the right."""
-    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 TITLES = {
@@ -77,11 +82,81 @@ def memory_table(field: str, dtype: str = "float32", batch: int | None = None) -
     )
 
 
+def ratio_table() -> str:
+    """One row a model: what stock bias tuning and S2A at 4 bits keep, and how many times less that is."""
+    rows = []
+    newest: dict[str, dict[str, Record]] = {}
+    for record in read("memory"):
+        plain = record["dtype"] == "float32" and set(record["config"]) <= {"activation_bits", "train_batch_norm"}
+        if plain and method_title(record) in RATIO_COLUMNS:
+            newest.setdefault(model_title(record), {})[method_title(record)] = record
+    for model, records in newest.items():
+        # stock torch keeps the same for a frozen BatchNorm
+        known = newest[model.partition(",")[0]] | records
+        if not {"bias only, stock torch", "S2A, 4 bits"} <= known.keys():
+            continue
+        kept = {title: record["kept_mb_per_image"] for title, record in known.items()}
+        ratio = kept["bias only, stock torch"] / kept["S2A, 4 bits"]
+        cells = [f"{kept[title]:.1f}" if title in kept else "–" for title in RATIO_COLUMNS]
+        rows.append([model, *cells, f"{ratio:.1f}"])
+    return markdown_table(["MB per image", *RATIO_COLUMNS, "bias only / S2A"], rows)
+
+
+RATIO_COLUMNS = ("full fine-tuning", "LoRA q, v", "bias only, stock torch", "S2A, 4 bits")
+
+LAYOUT_MODELS = ("dinov2-small-saliency", "dinov2-small-registers", "swin-trained", "swin-random")
+GRADIENT_MODELS = ("dinov2-small-saliency", "efficientnet-lite0")
+PARETO_MODELS = ("vit_b16", "swin_b", "resnet50", "dinov2_b")
+DTYPES = ("float32", "bfloat16")
+
+
+def accuracy_table() -> str:
+    """Predicted over measured peak of a step, models and methods down; the newest result of each counts."""
+    newest = {(r["model"], r["method"], r["batch"]): r for r in read("planning") if r["kind"] == "accuracy"}
+    rows = [
+        [
+            f"{r['model']}, {method_title(r)}",
+            str(r["batch"]),
+            f"{r['predicted_mb']:.1f}",
+            f"{r['measured_mb']:.1f}",
+            f"{r['predicted_mb'] / r['measured_mb']:.3f}",
+        ]
+        for r in newest.values()
+    ]
+    return markdown_table(["model and method", "batch", "predicted, MB", "measured, MB", "ratio"], rows)
+
+
+def cards_table(dtype: str = "float32") -> str:
+    """The largest batch of each model, card and method."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    columns: dict[str, None] = {}
+    for record in read("planning"):
+        if record["kind"] != "card" or record["dtype"] != dtype:
+            continue
+        rows = {row["name"].replace(" q, v", ""): row["largest_batch"] for row in record["plan"]["rows"]}
+        columns.update(dict.fromkeys(rows))
+        cells[record["model"], record["card"]] = {name: str(size or "–") for name, size in rows.items()}
+    lines = [
+        [f"{model}, {card}", *[found.get(column, "") for column in columns]] for (model, card), found in cells.items()
+    ]
+    return markdown_table(["largest batch", *columns], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "planning-accuracy": accuracy_table,
+    "planning-cards": cards_table,
     "memory": lambda: memory_table("kept_mb_per_image"),
     "memory-bf16": lambda: memory_table("kept_mb_per_image", "bfloat16"),
+    "memory-ratio": ratio_table,
     "peak": lambda: memory_table("peak_mb_per_image", batch=8),
     "peak-bf16": lambda: memory_table("peak_mb_per_image", "bfloat16", batch=8),
+    "curves": curves_table,
+    "whole-job": whole_job_table,
+    "linear": linear_table,
+    "leak": leak_table,
+    **{f"layouts-{model}": partial(layouts_table, model) for model in LAYOUT_MODELS},
+    **{f"gradient-error-{model}": partial(gradient_error_table, model) for model in GRADIENT_MODELS},
+    **{f"pareto-{model}-{dtype}": partial(pareto_table, model, dtype) for model in PARETO_MODELS for dtype in DTYPES},
 }
 """Renderer of each table's name."""
 

@@ -4,10 +4,12 @@ Importing the package registers the method with PEFT: `get_peft_model(model, S2A
 `PeftModel.from_pretrained(...)` know it from then on.
 """
 
-from .memory import coverage_report, peak_step_bytes, saved_activation_bytes
+from .codecs.backend import explain_backend
+from .integrations import MemoryReportCallback
+from .memory import Plan, coverage_report, peak_step_bytes, saved_activation_bytes
 from .settings import ActivationSettings
 from .structure import BlockShape
-from .tuner import S2AConfig, S2AModel, register
+from .tuner import S2AConfig, S2AModel, plan, register
 
 __version__ = "0.1.0"
 
@@ -16,10 +18,14 @@ register(S2AConfig, S2AModel)
 __all__ = [
     "ActivationSettings",
     "BlockShape",
+    "MemoryReportCallback",
+    "Plan",
     "S2AConfig",
     "S2AModel",
     "__version__",
     "coverage_report",
+    "explain_backend",
     "peak_step_bytes",
+    "plan",
     "saved_activation_bytes",
 ]

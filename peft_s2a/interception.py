@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from .ops.leftovers import MIN_ELEMENTS, LeftoverHooks
+from .ops.leftovers import LeftoverHooks
 from .settings import ActivationSettings
-from .table import GROWING, MULTIPLYING, TABLE, Context
+from .table import FORWARD_ONLY, GROWING, METADATA, RULES, TABLE, Context, record_lineage
 
 
 def _needs_grad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -30,16 +31,21 @@ def _needs_grad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     )
 
 
-def _all_need_grad(args: tuple[Any, ...]) -> bool:
-    """Whether no large tensor among the arguments is a constant: those are shared, and kept as they are."""
-    flat = [a for arg in args for a in (arg if isinstance(arg, (tuple, list)) else (arg,))]
-    large = [a for a in flat if isinstance(a, Tensor) and a.is_floating_point() and a.numel() >= MIN_ELEMENTS]
-    return bool(large) and all(a.requires_grad for a in large)
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    for arg in (*args, *kwargs.values()):
+        for part in arg if isinstance(arg, (tuple, list)) else (arg,):
+            if isinstance(part, Tensor):
+                yield part
+
+
+def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
+    return input, weight, bias
 
 
 def _without_override_check(function: types.FunctionType) -> Callable[..., Any]:
     """The Python body of a torch function, whose calls are seen by the mode although the function itself is not."""
-    namespace = dict(function.__globals__, has_torch_function=lambda *_: False)
+    checks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    namespace = function.__globals__ | dict.fromkeys(checks, lambda *_: False)
     copy = types.FunctionType(
         function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__
     )
@@ -48,7 +54,16 @@ def _without_override_check(function: types.FunctionType) -> Callable[..., Any]:
 
 
 _COMPOSITES: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.multi_head_attention_forward: _without_override_check(F.multi_head_attention_forward),  # type: ignore[arg-type]
+    function: _without_override_check(function)  # type: ignore[arg-type]
+    for function in (
+        F.multi_head_attention_forward,
+        F.softmin,
+        F.gumbel_softmax,
+        F.lp_pool1d,
+        F.lp_pool2d,
+        F.lp_pool3d,
+        F.local_response_norm,
+    )
 }
 """Torch functions made of others, whose parts are to be replaced one by one."""
 
@@ -59,15 +74,31 @@ class ActivationMode(TorchFunctionMode):
     def __init__(self, settings: ActivationSettings) -> None:
         super().__init__()
         self.context = Context(settings)
-        other_bits = settings.bits.get("other")
-        self.leftovers = None if other_bits is None else LeftoverHooks(other_bits)
+        self.leftovers = LeftoverHooks()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return self._call(func, args, kwargs)
+        tensors = list(_tensors(args, kwargs))
+        looks = tensors and func not in METADATA
+        overwriting = self.context.overwriting
+        if looks:
+            overwriting.restore(tensors)
+        result = self._call(func, args, kwargs)
+        if looks:
+            overwriting.withdraw(tensors)
+        if func is F.linear:
+            overwriting.offer(result, *_linear_arguments(*args, **kwargs))
+        if self.context.rebuilds() and tensors:
+            record_lineage(self.context, result, func, args, kwargs)
+        return result
+
+    def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         handler = TABLE.get(func)
-        if handler is not None and torch.is_grad_enabled() and _needs_grad(args, kwargs):
+        if handler is not None and (_needs_grad(args, kwargs) if torch.is_grad_enabled() else func in FORWARD_ONLY):
             result = handler(self.context, *args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -76,10 +107,10 @@ class ActivationMode(TorchFunctionMode):
                 return _COMPOSITES[func](*args, **kwargs)
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        if func in MULTIPLYING and self.leftovers is not None and _all_need_grad(args):
-            with self.leftovers.coding():
-                return func(*args, **kwargs)
-        result = func(*args, **kwargs)
+        rule = RULES.get(func)
+        codecs = None if rule is None or not torch.is_grad_enabled() else rule(self.context, *args, **kwargs)
+        with nullcontext() if codecs is None else self.leftovers.coding(codecs, _tensors(args, kwargs)):
+            result = func(*args, **kwargs)
         if func in GROWING:
             self.context.recipes.record(result, func, args, kwargs)
         return result
@@ -184,9 +215,13 @@ class ActivationInterceptor:
                 return self._modes[name]
         return None
 
-    def enter(self) -> Entered:
-        """Enters the active adapter's mode and the hooks for leftovers, each unless it is on top already."""
-        mode = self.active_mode if torch.is_grad_enabled() else None
+    def enter(self, forward_only: bool = False) -> Entered:
+        """Enters the active adapter's mode and the hooks for leftovers, each unless it is on top already.
+
+        Args:
+            forward_only: also where no gradient is taken: what is not needed any more is overwritten there too.
+        """
+        mode = self.active_mode if torch.is_grad_enabled() or forward_only else None
         if mode is None:
             return Entered(None, None)
         entered_mode = mode if self._state.depth == 0 else None
@@ -203,6 +238,8 @@ class ActivationInterceptor:
         if entered.mode is not None:
             self._state.depth -= 1
             entered.mode.__exit__(None, None, None)
+            if not torch.compiler.is_compiling():
+                entered.mode.context.overwriting.restore()
         if entered.leftovers is not None:
             entered.leftovers.leave()
 

@@ -13,14 +13,18 @@ import peft_s2a
 PACKAGE = Path(peft_s2a.__file__).parent
 ALLOWED: dict[str, set[str]] = {
     "settings": set(),
+    "pieces": set(),
     "structure": set(),
-    "memory": set(),
-    "codecs": set(),
-    "ops": {"codecs", "settings"},
+    "memory": {"pieces"},
+    "codecs": {"pieces"},
+    "ops": {"codecs", "pieces", "settings"},
     "table": {"codecs", "ops", "settings"},
     "interception": {"ops", "settings", "table"},
-    "tuner": {"interception", "memory", "settings", "structure"},
-    "__init__": {"memory", "settings", "structure", "tuner"},
+    "blockwise": {"interception", "ops", "structure"},
+    "tuner": {"blockwise", "interception", "memory", "settings", "structure"},
+    "integrations": {"memory", "settings", "structure", "tuner"},
+    "__main__": {"integrations"},
+    "__init__": {"codecs", "integrations", "memory", "settings", "structure", "tuner"},
 }
 """For each part (a module or folder directly in the package) the parts that it may import."""
 

@@ -31,6 +31,7 @@ def snippets(page: Path) -> list[tuple[int, str]]:
 PAGES = [page for page in _ALL if snippets(page)]
 
 
+@pytest.mark.timeout(1200)  # plans simulate several training steps
 @pytest.mark.parametrize("page", [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES])
 def test_snippets_run(page, tmp_path, monkeypatch):
     blocks = snippets(page)

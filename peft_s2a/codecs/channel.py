@@ -7,15 +7,19 @@ the softmax does not see in the keys.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .affine import affine_range, dequantize, quantize
+from .affine import affine_range, dequantize, inverse_scale, quantize
+from .backend import compiles, run
 from .base import Kept
+from .chunked import chunk_bounds, collect_chunks
 from .packing import pack, packed_width, unpack
+from .rounding import Rounding, rounding_backend
 
 
 class HeadCodec(Protocol):
@@ -46,26 +50,62 @@ class ChannelAffineCodec:
     """
 
     num_bits: int
+    rounding: Rounding = "nearest"
+    backend: str = "eager"
+
+    @property
+    def _rounding_backend(self) -> str:
+        return rounding_backend(self.backend, self.rounding)
 
     def encode(self, heads: Tensor) -> Kept:
-        tokens_first = heads.transpose(1, 2)  # (N, L, H, D)
-        items = heads.shape[0]
-        if heads.numel() == 0:
-            low = high = tokens_first.sum(1, keepdim=True).float()
-        else:
-            low, high = (t.float() for t in torch.aminmax(tokens_first, dim=1, keepdim=True))
-        scale, zero_point = affine_range(low, high, self.num_bits)
-        codes = quantize(tokens_first, scale, zero_point, self.num_bits).reshape(items, math.prod(heads.shape[1:]))
-        padding = -codes.shape[1] % 8
-        if padding:
-            codes = torch.nn.functional.pad(codes, (0, padding))
-        return pack(codes, self.num_bits), scale.squeeze(1), zero_point.squeeze(1)
+        size = math.prod(heads.shape[1:])  # of an item
+        if heads.numel() == 0 or compiles(self._rounding_backend, heads):
+            return self._encode(heads)
+        bounds = chunk_bounds(heads.numel(), heads.device, size)
+        return collect_chunks(size, heads.numel(), bounds, lambda i, j: self._encode(heads[i // size : j // size]))
+
+    def _encode(self, heads: Tensor) -> Kept:
+        scale, zero_point, inverse = run(self.backend, _ranges, self, heads)
+        packed: Tensor = run(self._rounding_backend, _codes, self, heads, inverse, zero_point)
+        return packed, scale, zero_point
 
     def decode(self, kept: Kept, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
-        packed, scale, zero_point = kept
-        items, heads, tokens, channels = shape
-        width = heads * tokens * channels
-        padded = width + (-width % 8)
-        assert packed.shape[1] == packed_width(padded, self.num_bits)
-        codes = unpack(packed, self.num_bits, padded)[:, :width].view(items, tokens, heads, channels)
-        return dequantize(codes, scale.unsqueeze(1), zero_point.unsqueeze(1), dtype).transpose(1, 2)
+        tokens_first: Tensor = run(self.backend, _decode, (self, shape[1:], dtype), *kept)
+        return tokens_first.transpose(1, 2)
+
+
+def _rows(shape: Sequence[int]) -> int:
+    """Rows that an item `(H, L, D)` is packed in: one for each token if that leaves no gaps."""
+    heads, tokens, channels = shape
+    return tokens if heads * channels % 8 == 0 else 1
+
+
+def _ranges(codec: ChannelAffineCodec, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if heads.numel() == 0:
+        low = high = heads.sum(2).float()
+    else:
+        low, high = heads.amin(2).float(), heads.amax(2).float()
+    scale, zero_point = affine_range(low, high, codec.num_bits)
+    return scale, zero_point, inverse_scale(scale)
+
+
+def _codes(codec: ChannelAffineCodec, heads: Tensor, inverse: Tensor, zero_point: Tensor) -> Tensor:
+    items, rows = heads.shape[0], _rows(heads.shape[1:])
+    tokens_first = heads.transpose(1, 2)  # (N, L, H, D)
+    codes = quantize(tokens_first, inverse.unsqueeze(1), zero_point.unsqueeze(1), codec.num_bits, codec.rounding)
+    width = math.prod(heads.shape[1:]) // max(rows, 1)
+    codes = codes.reshape(items * rows, width)
+    packed = pack(torch.nn.functional.pad(codes, (0, -width % 8)) if width % 8 else codes, codec.num_bits)
+    return packed.view(items, rows * packed.shape[1])
+
+
+def _decode(spec: tuple[ChannelAffineCodec, tuple[int, int, int], torch.dtype], *kept: Tensor) -> Tensor:
+    """`(N, L, H, D)`: a kernel."""
+    codec, (heads, tokens, channels), dtype = spec
+    packed, scale, zero_point = kept
+    items, rows = packed.shape[0], _rows((heads, tokens, channels))
+    width = heads * tokens * channels // max(rows, 1)
+    padded = width + (-width % 8)
+    codes = unpack(packed.view(items * rows, packed_width(padded, codec.num_bits)), codec.num_bits, padded)
+    codes = codes[:, :width].reshape(items, tokens, heads, channels)
+    return dequantize(codes, scale.unsqueeze(1), zero_point.unsqueeze(1), dtype)

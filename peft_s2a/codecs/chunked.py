@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
+from ..pieces import piece_bounds
 from .base import Codec, Kept
 
 CPU_CHUNK = 1 << 17
@@ -21,9 +22,7 @@ def chunk_bounds(numel: int, device: torch.device, *units: int) -> Iterator[tupl
     """Splits `[0, numel)` into pieces whose starts are multiples of every unit. Nothing is split while compiling."""
     unit = math.lcm(*units)
     size = CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK
-    step = numel if torch.compiler.is_compiling() else unit * max(1, size // unit)
-    for start in range(0, numel, max(step, 1)):
-        yield start, min(start + step, numel)
+    return piece_bounds(numel, numel if torch.compiler.is_compiling() else unit * max(1, size // unit))
 
 
 def encode_chunked(
@@ -34,12 +33,24 @@ def encode_chunked(
     Args:
         unit: starts of the pieces are multiples of this, besides those of the codec.
     """
-    parts = [codec.encode(values(start, stop)) for start, stop in chunk_bounds(numel, device, codec.unit, unit)]
-    if len(parts) == 1:
-        return parts[0]
-    if not parts:
-        return codec.encode(values(0, 0))
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    bounds = chunk_bounds(numel, device, codec.unit, unit)
+    return collect_chunks(codec.unit, numel, bounds, lambda start, stop: codec.encode(values(start, stop)))
+
+
+def collect_chunks(
+    unit: int, numel: int, bounds: Iterable[tuple[int, int]], encode: Callable[[int, int], Kept]
+) -> Kept:
+    """What `encode` makes of all pieces, each written to its place; row `i` belongs to the elements from `i * unit`."""
+    whole: Kept = ()
+    for start, stop in bounds:
+        part = encode(start, stop)
+        if stop - start == numel:
+            return part
+        if not whole:
+            whole = tuple(t.new_empty((math.ceil(numel / unit), *t.shape[1:])) for t in part)
+        for target, t in zip(whole, part, strict=True):
+            target[start // unit : math.ceil(stop / unit)] = t
+    return whole or encode(0, 0)
 
 
 def decode_range(codec: Codec, kept: Kept, start: int, stop: int, dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,8 @@
 Backward of `y = h(x)` needs `h'(x)` alone. The inputs are cut into 1024 cells; the cells are clustered by their value
 of h' so that the expected squared error under a reference density is least. In one dimension optimal clusters are
 intervals of the values, so dynamic programming finds them exactly; each level is its cluster's mean, so the error has
-zero mean. Encoding is one table lookup by cell, decoding one by code.
+zero mean. From 3 bits on a limit of h' that inputs far outside would miss by more than the usual error, since the
+reference density knows nothing of them, is a level itself. Encoding is one table lookup by cell, decoding one by code.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from .backend import run
 from .base import Kept
 from .packing import pack, unpack
 
@@ -27,6 +29,11 @@ ROW = 1024
 _CELLS = 1024
 _RANGE = 8.0
 """Cells cover [-8, 8); what lies outside belongs to the first and the last cell."""
+
+_MIN_BITS_FOR_LIMITS = 3
+_REACHED = 0.03
+"""A limit is a level if the derivative is this close to it at the end of the cells."""
+_MIN_FREE_MASS = 0.01
 
 
 @dataclass(frozen=True)
@@ -46,15 +53,18 @@ def reference_density(x: Tensor) -> Tensor:
     return torch.exp(-0.125 * x.square()) / math.sqrt(8 * math.pi)
 
 
-def optimal_clusters(values: Tensor, weights: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+def optimal_clusters(
+    values: Tensor, weights: Tensor, num_clusters: int, pinned: tuple[float, ...] = ()
+) -> tuple[Tensor, Tensor]:
     """Clusters of numbers with the least weighted squared error, by dynamic programming (exact).
 
     Args:
         values, weights: `(n,)`, any order.
+        pinned: different numbers, fewer than clusters, that are to stand for the cluster that they lie in.
 
     Returns:
-        Cluster of each value, `(n,)` int64, and the clusters' means `(num_clusters,)`. Clusters that cannot be filled
-        (fewer distinct values) repeat the last mean.
+        Cluster of each value, `(n,)` int64, and what stands for the clusters, `(num_clusters,)`: means, or pinned
+        numbers. Clusters that cannot be filled (fewer distinct values) repeat the last one.
     """
     order = torch.argsort(values)
     v, w = values.double()[order], weights.double()[order]
@@ -66,6 +76,15 @@ def optimal_clusters(values: Tensor, weights: Tensor, num_clusters: int) -> tupl
     # cost[i, j]: squared error of one cluster over sorted values i .. j - 1
     span = (mass[None, :] - mass[:, None]).clamp_min(1e-300)
     cost = second[None, :] - second[:, None] - (first[None, :] - first[:, None]).square() / span
+    places = [min(int((v < number).sum()), n - 1) for number in pinned]  # of the value that each is put to
+    index = torch.arange(n + 1)
+    for number, place in zip(pinned, places, strict=True):
+        has = (index[:, None] <= place) & (index[None, :] > place)
+        about = second - 2 * number * first + number**2 * mass
+        cost = torch.where(has, about[None, :] - about[:, None], cost)
+    for one, other in itertools.combinations(places, 2):
+        has_both = (index[:, None] <= min(one, other)) & (index[None, :] > max(one, other))
+        cost = cost.masked_fill(has_both, math.inf)
     cost = cost.clamp_min_(0).masked_fill_(torch.ones(n + 1, n + 1, dtype=torch.bool).tril(0), math.inf)
     cost.diagonal().zero_()
     best = cost[0]
@@ -86,7 +105,39 @@ def optimal_clusters(values: Tensor, weights: Tensor, num_clusters: int) -> tupl
             means[k] = (first[hi] - first[lo]) / (mass[hi] - mass[lo])
         else:
             means[k] = means[k - 1] if k else v[0]
+        for number, place in zip(pinned, places, strict=True):
+            if lo <= place < hi:
+                means[k] = number
     return labels, means
+
+
+def _limits(derivative: Derivative) -> tuple[float | None, float | None]:
+    """What the derivative tends to at minus and plus infinity, where it has all but come to it within the cells."""
+    ends, far, farther = (
+        derivative(torch.tensor([-x, x], dtype=torch.double)) for x in (_RANGE, 1e3 * _RANGE, 1e4 * _RANGE)
+    )
+    reached = ((far - farther).abs() < 1e-3) & ((ends - far).abs() < _REACHED)
+    left, right = (round(float(x), 6) + 0.0 if ok else None for x, ok in zip(farther, reached, strict=True))
+    return left, right
+
+
+def _with_limits(
+    labels: Tensor, levels: Tensor, values: Tensor, weights: Tensor, limits: tuple[float | None, float | None]
+) -> tuple[Tensor, Tensor]:
+    """Clusters and levels again, with the limits as levels if an outermost cell misses its by more than the error."""
+    typical = (weights * (levels[labels] - values).square()).sum().div(weights.sum()).sqrt()
+    ends = {cell: limit for cell, limit in zip((0, -1), limits, strict=True) if limit is not None}
+    if all(abs(levels[labels[cell]] - limit) <= typical for cell, limit in ends.items()):
+        return labels, levels
+    pinned = tuple(set(ends.values()))
+    labels, levels = optimal_clusters(values, weights, len(levels), pinned)
+    for cell, limit in ends.items():
+        labels[cell] = int((levels - limit).abs().argmin())
+    free = torch.tensor([float(level) not in pinned for level in levels])
+    mass = weights[free[labels]].sum()
+    if mass > _MIN_FREE_MASS:  # these take up the mean error of the pinned
+        levels[free] += (weights * (values - levels[labels])).sum() / mass
+    return labels, levels
 
 
 @functools.cache
@@ -96,8 +147,11 @@ def level_table(derivative: Derivative, num_bits: int) -> LevelTable:
         edges = torch.linspace(-_RANGE, _RANGE, _CELLS + 1, dtype=torch.double)
         centres = (edges[1:] + edges[:-1]) / 2
         weights = reference_density(centres)
-        labels, means = optimal_clusters(derivative(centres), weights, 2**num_bits)
-        return LevelTable(labels.to(torch.uint8), means.float())
+        values = derivative(centres)
+        labels, levels = optimal_clusters(values, weights, 2**num_bits)
+        if num_bits >= _MIN_BITS_FOR_LIMITS:
+            labels, levels = _with_limits(labels, levels, values, weights, _limits(derivative))
+        return LevelTable(labels.to(torch.uint8), levels.float())
 
 
 @functools.lru_cache(maxsize=256)
@@ -151,33 +205,90 @@ class DerivativeCodec:
 
     derivative: Derivative
     num_bits: int
+    backend: str = "eager"
 
     @property
     def unit(self) -> int:
         return ROW
 
     def encode(self, values: Tensor) -> Kept:
-        cell_codes = _table(self.derivative, self.num_bits, values.device).cell_codes
         rows = math.ceil(values.numel() / ROW)
         padding = rows * ROW - values.numel()
         if padding:
             values = torch.nn.functional.pad(values, (0, padding))
-        values = values.float()
+        kept: Kept = run(self.backend, DerivativeCodec.encode_rows, self, values.view(rows, ROW))
+        return kept
+
+    def encode_rows(self, rows: Tensor) -> Kept:
+        """Encodes whole rows, `(R, 1024)`: a kernel."""
+        values = rows.float()
         if _finite_at_infinity(self.derivative):
             values = values.clamp(-_RANGE, _RANGE)
         # zero before it is summed: a sum of huge numbers would overflow
-        poison = (values * 0).view(rows, ROW).sum(1).to(torch.bfloat16)
-        cells = values * (_CELLS / (2 * _RANGE)) + _CELLS / 2
-        index = cells.nan_to_num_(nan=0.0).clamp_(0, _CELLS - 1).to(torch.int32)
-        codes = cell_codes.index_select(0, index.view(-1))
-        return pack(codes.view(rows, ROW), self.num_bits), poison
+        poison = (values * 0).sum(1).to(torch.bfloat16)
+        cells = (values * (_CELLS / (2 * _RANGE))).add_(_CELLS / 2)
+        return pack(_codes(self, cells), self.num_bits), poison
 
     def decode(self, kept: Kept, numel: int, dtype: torch.dtype) -> Tensor:
+        rows: Tensor = run(self.backend, _decode_rows, (self, dtype), *kept)
+        return rows.view(-1)[:numel]
+
+    def decode_rows(self, kept: Kept) -> Tensor:
+        """Derivatives of whole rows, `(R, 1024)` float32: part of a kernel."""
         packed, poison = kept
-        table = _table(self.derivative, self.num_bits, packed.device).levels
-        codes = unpack(packed, self.num_bits, ROW).view(-1).to(torch.int32)
-        levels = table.index_select(0, codes).view(-1, ROW)
-        return (levels + poison.float().unsqueeze(1)).view(-1)[:numel].to(dtype)
+        levels = _levels(self, unpack(packed, self.num_bits, ROW))
+        return levels.add_(poison.float().unsqueeze(1))
+
+
+def _decode_rows(spec: tuple[DerivativeCodec, torch.dtype], packed: Tensor, poison: Tensor) -> Tensor:
+    codec, dtype = spec
+    return codec.decode_rows((packed, poison)).to(dtype)
+
+
+MAX_COMPARISONS = 64
+"""A compiled kernel compares with up to so many borders, which vectorises; a lookup does not."""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _steps(derivative: Derivative, num_bits: int) -> tuple[tuple[int, int], ...]:
+    """First cell and code of every run of cells that have the same code."""
+    codes = level_table(derivative, num_bits).cell_codes.tolist()
+    return tuple((i, code) for i, code in enumerate(codes) if i == 0 or codes[i - 1] != code)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _level_list(derivative: Derivative, num_bits: int) -> tuple[float, ...]:
+    return tuple(level_table(derivative, num_bits).levels.tolist())
+
+
+def _codes(codec: DerivativeCodec, cells: Tensor) -> Tensor:
+    """Codes, uint8 or whole numbers in float32, of cells (with fractions), which may be written over.
+
+    NaN has the code of the first cell.
+    """
+    if torch.compiler.is_compiling():
+        steps = _steps(codec.derivative, codec.num_bits)
+        if len(steps) <= MAX_COMPARISONS:
+            codes = torch.full_like(cells, steps[0][1])
+            for cell, code in steps[1:]:
+                codes = torch.where(cells >= cell, float(code), codes)
+            return codes
+    table = _table(codec.derivative, codec.num_bits, cells.device).cell_codes
+    index = cells.nan_to_num_(nan=0.0).clamp_(0, _CELLS - 1).to(torch.int32)
+    return table.index_select(0, index.view(-1)).view(cells.shape)
+
+
+def _levels(codec: DerivativeCodec, codes: Tensor) -> Tensor:
+    """Levels, float32, of codes."""
+    if torch.compiler.is_compiling() and 2**codec.num_bits <= MAX_COMPARISONS:
+        first, *others = _level_list(codec.derivative, codec.num_bits)
+        numbers = codes.to(torch.int32)
+        levels = torch.full_like(numbers, first, dtype=torch.float32)
+        for code, level in enumerate(others, start=1):
+            levels = torch.where(numbers >= code, level, levels)
+        return levels
+    table = _table(codec.derivative, codec.num_bits, codes.device).levels
+    return table.index_select(0, codes.view(-1).to(torch.int32)).view(codes.shape)
 
 
 @dataclass(frozen=True)

@@ -21,45 +21,62 @@ def pack(codes: Tensor, num_bits: int) -> Tensor:
     """Packs codes into bytes.
 
     Args:
-        codes: `(R, C)` uint8, values below `2 ** num_bits`; C is a multiple of 8.
+        codes: `(R, C)` uint8, or whole numbers in float32, below `2 ** num_bits`; C is a multiple of 8. Or `(R, G, S)`,
+            which is packed as `(R, G * S)` is: loops are simpler this way if whole groups of S share their bytes.
         num_bits: 1, 2, 3, 4, 6 or 8.
 
     Returns:
         `(R, C * num_bits / 8)` uint8.
     """
-    rows, width = codes.shape
+    if codes.is_floating_point() and len(_PLANES[num_bits]) > 1:
+        codes = _to_bytes(codes)
     parts = []
     offset = 0
     for plane_bits in _PLANES[num_bits]:
         per_byte = 8 // plane_bits
         plane = codes if num_bits == plane_bits else (codes >> offset) & (2**plane_bits - 1)
-        pieces = plane.view(rows, per_byte, width // per_byte).unbind(1)
-        packed = pieces[0]
-        for i, piece in enumerate(pieces[1:], start=1):
-            packed = packed | (piece << (i * plane_bits))
-        parts.append(packed)
+        if plane.shape[1] % per_byte:
+            plane = plane.flatten(1)
+        packed, *others = plane.unflatten(1, (per_byte, plane.shape[1] // per_byte)).unbind(1)
+        for i, piece in enumerate(others, start=1):
+            shift = i * plane_bits
+            # a sum of numbers is vectorised when compiled, a shift of bytes is not
+            packed = packed.add(piece, alpha=1 << shift) if piece.is_floating_point() else packed | (piece << shift)
+        parts.append(_to_bytes(packed).flatten(1))
         offset += plane_bits
     if len(parts) == 1:
         # `codes` itself for 8 bits: what is kept must not alias the caller's tensor
-        return parts[0].clone() if num_bits == 8 else parts[0]
+        return parts[0].clone() if codes.dtype == torch.uint8 and num_bits == 8 else parts[0]
     return torch.cat(parts, dim=1)
 
 
-def unpack(packed: Tensor, num_bits: int, width: int) -> Tensor:
-    """Inverse of `pack`: `(R, width * num_bits / 8)` uint8 to `(R, width)` uint8."""
+def _to_bytes(codes: Tensor) -> Tensor:
+    # from float32 by int32 is vectorised on a CPU, the direct one is not
+    return codes if codes.dtype == torch.uint8 else codes.to(torch.int32).to(torch.uint8)
+
+
+def unpack(packed: Tensor, num_bits: int, width: int, group: int = 1) -> Tensor:
+    """Inverse of `pack`: `(R, width * num_bits / 8)` uint8 to `(R, width)` uint8.
+
+    Args:
+        group: the result is `(R, width / group, group)` if this is above 1.
+    """
     rows = packed.shape[0]
+    shape = (rows, width) if group == 1 else (rows, width // group, group)
     codes: Tensor | None = None
     start = offset = 0
     for plane_bits in _PLANES[num_bits]:
         stop = start + packed_width(width, plane_bits)
         part = packed[:, start:stop]
-        mask = 2**plane_bits - 1
         per_byte = 8 // plane_bits
         if per_byte == 1:
-            plane = part
+            plane = part.reshape(shape)
         else:
-            plane = torch.stack([(part >> (i * plane_bits)) & mask for i in range(per_byte)], dim=1)
-            plane = plane.view(rows, width)
+            if group > 1 and shape[1] % per_byte == 0:
+                part = part.unflatten(1, (-1, group))
+            shifts = torch.arange(0, 8, plane_bits, dtype=torch.uint8, device=packed.device)
+            shifts = shifts.view(1, -1, *[1] * (part.dim() - 1))
+            plane = (part.unsqueeze(1) >> shifts).bitwise_and_(2**plane_bits - 1).view(shape)
         codes = plane if codes is None else codes | (plane << offset)
         start = stop
         offset += plane_bits

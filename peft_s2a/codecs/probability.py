@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .base import Kept
 from .packing import pack, unpack
+from .rounding import Rounding, round_codes
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class SqrtProbabilityCodec(RowCodec):
     """Keeps `num_bits` per element and one bfloat16 (the largest probability's square root) for each row."""
 
     num_bits: int
+    rounding: Rounding = "nearest"
 
     def encode(self, rows: Tensor) -> Kept:
         roots = rows.float().sqrt()
@@ -40,7 +42,8 @@ class SqrtProbabilityCodec(RowCodec):
         # a little more than the largest, so that no code exceeds the top; NaN in the row stays NaN
         largest = (largest * (1 + 2.0**-8)).to(torch.bfloat16)
         levels = 2**self.num_bits - 1
-        codes = (roots * (levels / largest.float())).round_().nan_to_num_(nan=0.0).clamp_(0, levels).to(torch.uint8)
+        codes = round_codes(roots * (levels / largest.float()), self.rounding)
+        codes = codes.nan_to_num_(nan=0.0).clamp_(0, levels).to(torch.uint8)
         padding = -codes.shape[-1] % 8
         if padding:
             codes = torch.nn.functional.pad(codes, (0, padding))

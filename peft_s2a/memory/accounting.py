@@ -35,6 +35,7 @@ class SavedTensor:
         packed: whether saved-tensor hooks inside the model's forward made it (see `saved_tensors`).
         bits: bits per element of the code it is part of; None for a tensor that is kept as it is.
         leftover: whether it is the code of a tensor that an operator of torch saved.
+        exact: whether that code gives torch's gradient exactly.
     """
 
     shape: tuple[int, ...]
@@ -46,6 +47,7 @@ class SavedTensor:
     packed: bool = False
     bits: int | None = None
     leftover: bool = False
+    exact: bool = False
 
 
 def saved_activation_bytes(model: nn.Module, batch: Batch) -> int:
@@ -105,6 +107,7 @@ def saved_tensors(model: nn.Module, batch: Batch) -> list[SavedTensor]:
                         packed=record.packed,
                         bits=holder.bits,
                         leftover=holder.leftover,
+                        exact=holder.exact,
                     )
                 )
         return result
@@ -178,6 +181,7 @@ class _Holder:
     operator: str
     bits: int | None = None
     leftover: bool = False
+    exact: bool = False
 
 
 def _bits_of(codec: Any) -> int | None:
@@ -201,8 +205,9 @@ def _operators_by_packed_object(outputs: list[Tensor]) -> dict[int, _Holder]:
                         continue
                     holders.setdefault(id(packed), _Holder(node.name(), _bits_of(getattr(node, "codec", None))))
                     for handle in getattr(packed, "handles", ()):  # codes of one saved tensor
-                        coded = _Holder(node.name(), _bits_of(getattr(packed, "codec", None)), leftover=True)
-                        holders.setdefault(id(handle), coded)
+                        codec = getattr(packed, "codec", None)
+                        exact = getattr(codec, "exact", False)
+                        holders.setdefault(id(handle), _Holder(node.name(), _bits_of(codec), True, exact))
         for following, _ in node.next_functions:
             if following is not None and following not in visited:
                 visited.add(following)

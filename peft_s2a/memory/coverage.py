@@ -15,8 +15,8 @@ Rule = Literal["coded", "exact", "leftover", "in full"]
 
 RULES: dict[Rule, str] = {
     "coded": "an operator of this library keeps codes",
-    "exact": "an operator of this library keeps what its exact gradient needs",
-    "leftover": "saved by an operator of torch, kept in group-wise codes",
+    "exact": "kept in what the exact gradient needs",
+    "leftover": "saved by an operator of torch, kept in codes",
     "in full": "saved by an operator of torch, kept as it is",
 }
 
@@ -78,7 +78,7 @@ class CoverageReport:
 
 def _rule(saved: SavedTensor) -> Rule:
     if saved.leftover:
-        return "leftover"
+        return "exact" if saved.exact else "leftover"
     if saved.operator.endswith("FunctionBackward"):
         return "coded" if saved.bits is not None else "exact"
     return "in full"

@@ -1,11 +1,14 @@
 """Scaled-dot-product attention: q, k and v are kept in codes, the attention is recomputed from them in backward.
 
+Where it is known how they came from a normalised input (see `lineage.py`), they are made again from that instead.
 Neither the probabilities nor the output are kept. A mask that is a broadcast or a sum of smaller tensors can be kept as
 those (see `recipes.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from ..codecs.base import Kept
 from ..codecs.channel import HeadCodec
 from ..codecs.chunked import CPU_CHUNK, DEVICE_CHUNK
+from ..pieces import piece_bounds
+from .lineage import Program, Span
 from .recipes import Recipe, flatten_recipe, rebuild
 from .rng import replayed_rng, rng_state
 
@@ -27,8 +32,63 @@ def _items_per_piece(query: tuple[int, ...], key: tuple[int, ...], device: torch
     return max(1, size // max(per_item, 1))
 
 
+@dataclass(frozen=True)
+class Heads:
+    """How q, k and v are kept: those with a place in the program are made again, the others in codes.
+
+    Args:
+        codec: for those in codes.
+        program, leaves: make the others (`compile_program`); none where all are in codes.
+        rebuilt: for each of q, k and v, whether the program makes it; its results come in this order.
+    """
+
+    codec: HeadCodec
+    program: Program | None = None
+    leaves: tuple[Tensor, ...] = ()
+    rebuilt: tuple[bool, bool, bool] = (False, False, False)
+
+    def items_per_step(self, items: int, step: int) -> int:
+        """At most `step` rows of the first dimension, as many as the program can make alone; all, if it can't."""
+        if self.program is None:
+            return max(1, min(step, items))
+        places = self.program.items
+        factor = None if places[0] is None else places[0].factor
+        if self.program.count is None or any(p is None or p.dim != 0 or p.factor != factor for p in places):
+            return items
+        return max(1, step // factor) * factor  # type: ignore[operator]
+
+    def encode(self, heads: Sequence[Tensor]) -> list[Kept]:
+        """Codes of those that are not made again."""
+        return [self.codec.encode(t) for t, again in zip(heads, self.rebuilt, strict=True) if not again]
+
+    def decode(
+        self,
+        codes: Sequence[Kept],
+        leaves: Sequence[Tensor],
+        shapes: Sequence[tuple[int, int, int, int]],
+        dtype: torch.dtype,
+        rows: Span,
+    ) -> list[Tensor]:
+        """q, k and v again, rows `[start, stop)` of the first dimension."""
+        start, stop = rows
+        made: Iterator[Tensor] = iter(())
+        if self.program is not None:
+            whole = (start, stop) == (0, shapes[0][0])
+            factor = 1 if self.program.items[0] is None else self.program.items[0].factor
+            made = iter(self.program.run(leaves, None if whole else (start // factor, stop // factor)))
+        coded = iter(codes)
+        found = []
+        for shape, again in zip(shapes, self.rebuilt, strict=True):
+            if again:
+                found.append(next(made).to(dtype))
+            else:
+                kept = tuple(t[start:stop] for t in next(coded))
+                found.append(self.codec.decode(kept, (stop - start, *shape[1:]), dtype))
+        return found
+
+
 class AttentionFunction(torch.autograd.Function):
-    """`softmax(q k^T scale + mask) v` on `(N, H, L, D)`; keeps what the codec makes of q, k and v."""
+    """`softmax(q k^T scale + mask) v` on `(N, H, L, D)`; keeps what `heads` makes of q, k and v."""
 
     @staticmethod
     def forward(
@@ -39,23 +99,26 @@ class AttentionFunction(torch.autograd.Function):
         mask: Tensor | None,
         mask_recipe: Recipe | None,
         options: dict[str, Any],
-        codec: HeadCodec,
+        heads: Heads,
     ) -> Tensor:
         ctx.shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
         ctx.dtypes = query.dtype, key.dtype, value.dtype
-        ctx.options, ctx.codec = options, codec
+        ctx.options = options
         ctx.device = query.device
         state = rng_state(query.device) if options["dropout_p"] > 0 else None
         output = sdpa(query, key, value, attn_mask=mask, **options)
         ctx.compute_dtype = output.dtype
-        kept = [codec.encode(t) for t in (query, key, value)]
+        kept = heads.encode((query, key, value))
         ctx.lengths = [len(k) for k in kept]
+        ctx.num_leaves = len(heads.leaves)
         ctx.has_mask = mask is not None
         if mask_recipe is None:
-            leaves, ctx.mask_tree = ([mask] if mask is not None else []), None
+            mask_leaves, ctx.mask_tree = ([mask] if mask is not None else []), None
         else:
-            leaves, ctx.mask_tree = flatten_recipe(mask_recipe)
-        ctx.save_for_backward(state, *(t for k in kept for t in k), *leaves)
+            mask_leaves, ctx.mask_tree = flatten_recipe(mask_recipe)
+        ctx.save_for_backward(state, *(t for k in kept for t in k), *heads.leaves, *mask_leaves)
+        ctx.heads = replace(heads, leaves=())
+        ctx.codec = None if all(heads.rebuilt) else heads.codec  # for reports of what is kept
         return output
 
     @staticmethod
@@ -66,19 +129,25 @@ class AttentionFunction(torch.autograd.Function):
         for length in ctx.lengths:
             kept.append(tuple(rest[:length]))
             rest = rest[length:]
+        leaves, rest = rest[: ctx.num_leaves], rest[ctx.num_leaves :]
         mask: Tensor | None = None
         if ctx.has_mask:
             mask = rest[0] if ctx.mask_tree is None else rebuild(ctx.mask_tree, rest)
         if torch.compiler.is_compiling():
-            q, k, v = (ctx.codec.decode(t, shape, ctx.compute_dtype) for t, shape in zip(kept, ctx.shapes, strict=True))
+            q, k, v = ctx.heads.decode(kept, leaves, ctx.shapes, ctx.compute_dtype, (0, ctx.shapes[0][0]))
             found = _explicit_backward(q, k, v, mask, ctx.options, grad_output.to(ctx.compute_dtype))
             grads = [g.to(d) if n else None for g, d, n in zip(found, ctx.dtypes, ctx.needs_input_grad, strict=False)]
             return *grads, None, None, None, None
-        return *_recomputed_backward(ctx, kept, mask, state, grad_output), None, None, None
+        return *_recomputed_backward(ctx, kept, leaves, mask, state, grad_output), None, None, None
 
 
 def _recomputed_backward(
-    ctx: Any, kept: list[Kept], mask: Tensor | None, state: Tensor | None, grad_output: Tensor
+    ctx: Any,
+    kept: list[Kept],
+    leaves: list[Tensor],
+    mask: Tensor | None,
+    state: Tensor | None,
+    grad_output: Tensor,
 ) -> list[Tensor | None]:
     """Gradients of q, k, v and the mask from torch's own attention, run again piece by piece on the decoded tensors."""
     needs = ctx.needs_input_grad[:4]
@@ -91,13 +160,10 @@ def _recomputed_backward(
     # random numbers, and a gradient of the mask, belong to the whole batch
     whole = state is not None or needs[3]
     step = items if whole else _items_per_piece(ctx.shapes[0], ctx.shapes[1], ctx.device)
-    for start in range(0, items, max(step, 1)):
-        stop = min(start + step, items)
-        inputs: list[Tensor] = []
-        for k, shape, need in zip(kept, ctx.shapes, needs, strict=False):
-            piece_shape = (stop - start, *shape[1:])
-            decoded = ctx.codec.decode(tuple(t[start:stop] for t in k), piece_shape, ctx.compute_dtype)
-            inputs.append(decoded.detach().requires_grad_(need))
+    step = ctx.heads.items_per_step(items, step)
+    for start, stop in piece_bounds(items, step):
+        inputs = ctx.heads.decode(kept, leaves, ctx.shapes, ctx.compute_dtype, (start, stop))
+        inputs = [t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=False)]
         piece_mask = mask
         if mask is not None and needs[3]:
             piece_mask = mask.detach().requires_grad_()
@@ -152,11 +218,14 @@ def attention(
     options: dict[str, Any],
     codec: HeadCodec,
     mask_recipe: Recipe | None = None,
+    heads: Heads | None = None,
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` on `(N, H, L, D)` tensors.
 
     Args:
         options: `dropout_p`, `is_causal`, `scale`, `enable_gqa` of the torch function.
+        codec: for q, k and v.
         mask_recipe: how to make the mask again in backward; it is then not kept.
+        heads: if some of q, k and v are not to be kept in codes.
     """
-    return AttentionFunction.apply(query, key, value, mask, mask_recipe, options, codec)
+    return AttentionFunction.apply(query, key, value, mask, mask_recipe, options, heads or Heads(codec))

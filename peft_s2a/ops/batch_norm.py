@@ -6,6 +6,7 @@ fixed:     dx = gamma invstd dy
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..codecs.base import Codec
 from ..codecs.chunked import chunk_bounds, decode_range, encode_chunked
 from .convolution import shape_only
 from .memory_order import flatten, memory_permutation, unflatten
+from .ownership import owned
 
 
 class FixedBatchNormFunction(torch.autograd.Function):
@@ -92,6 +94,7 @@ class BatchNormFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        in_place = owned(grad_output)
         invstd, weight, *kept = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         wide, codec = ctx.wide, ctx.codec
@@ -99,7 +102,7 @@ class BatchNormFunction(torch.autograd.Function):
         shape = (1, channels) + (1,) * (grad_output.dim() - 2)
         over = [d for d in range(grad_output.dim()) if d != 1]
         per_item = grad_output[0:1].numel()
-        bounds = list(chunk_bounds(grad_output.numel(), grad_output.device, codec.unit, max(per_item, 1)))
+        chunks = partial(chunk_bounds, grad_output.numel(), grad_output.device, codec.unit, max(per_item, 1))
 
         def piece(start: int, stop: int) -> tuple[slice, Tensor]:
             items = slice(start // per_item, stop // per_item)
@@ -108,7 +111,7 @@ class BatchNormFunction(torch.autograd.Function):
 
         grad_sum = grad_output.sum(over, dtype=wide)
         product_sum = torch.zeros_like(grad_sum)
-        for start, stop in bounds:
+        for start, stop in chunks():
             items, x_hat = piece(start, stop)
             product_sum += (grad_output[items].to(wide) * x_hat).sum(over)
         grad_input = None
@@ -116,8 +119,8 @@ class BatchNormFunction(torch.autograd.Function):
             count = max(grad_output.numel() // max(channels, 1), 1)
             gamma = invstd.to(wide) if weight is None else invstd.to(wide) * weight.to(wide)
             mean_grad, mean_product = (grad_sum / count).view(shape), (product_sum / count).view(shape)
-            grad_input = torch.empty_like(grad_output)
-            for start, stop in bounds:
+            grad_input = grad_output if in_place else torch.empty_like(grad_output)
+            for start, stop in chunks():
                 items, x_hat = piece(start, stop)
                 centred = grad_output[items].to(wide) - mean_grad
                 grad_input[items] = (centred - x_hat * mean_product) * gamma.view(shape)

@@ -6,10 +6,13 @@ Each class is a hashable function `x -> h'(x)`. A new activation function needs 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+Derivative = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -92,3 +95,52 @@ class Hardswish:
     def __call__(self, x: Tensor) -> Tensor:
         inside = torch.where(x < -3, 0.0, (2 * x + 3) / 6)
         return torch.where(x > 3, 1.0, inside)
+
+
+@dataclass(frozen=True)
+class Softsign:
+    """`h(x) = x / (1 + |x|)`, `h'(x) = 1 / (1 + |x|)^2`; NaN at infinity, as in torch."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        size = 1 + x.abs()
+        return (1 - x.abs() / size) / size
+
+
+@dataclass(frozen=True)
+class Tanhshrink:
+    """`h(x) = x - tanh(x)`."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.tanh(x).square()
+
+
+@dataclass(frozen=True)
+class Logsigmoid:
+    """`h(x) = log(sigmoid(x))`."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(-x)
+
+
+@dataclass(frozen=True)
+class Atan:
+    def __call__(self, x: Tensor) -> Tensor:
+        return (1 + x.square()).reciprocal()
+
+
+@dataclass(frozen=True)
+class Asinh:
+    def __call__(self, x: Tensor) -> Tensor:
+        return (1 + x.square()).rsqrt()
+
+
+def times_derivative(derivative: Derivative, grad: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """`grad * h'(x)`, in `out` if given (it may be `grad`); by torch's own backward where there is one, else with h'
+    in float32."""
+    out = torch.empty_like(grad) if out is None else out
+    if isinstance(derivative, Gelu):
+        return torch.ops.aten.gelu_backward.grad_input(grad, x, approximate=derivative.approximate, grad_input=out)
+    if isinstance(derivative, Silu) and derivative.factor == 1:
+        return torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=out)
+    wide = x if x.dtype == torch.float64 else x.float()
+    return torch.mul(grad, derivative(wide).to(grad.dtype), out=out)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..codecs.chunked import chunk_bounds
+from ..codecs.chunked import chunk_bounds, collect_chunks
 from ..codecs.mask import decode_mask, encode_mask
+from .ownership import owned
 
 _UNIT = 1024
 
@@ -22,22 +23,23 @@ class DropoutFunction(torch.autograd.Function):
         if input.device.type == "cpu":
             # torch's own CPU dropout, draw for draw
             noise = torch.empty_like(input, memory_format=torch.preserve_format).bernoulli_(1 - p)
-            mask = noise.bool()
-            output = noise.div_(1 - p).mul_(input)
+            output, mask = noise, noise
         else:
             output, mask = torch.native_dropout(input, p, True)
         ctx.keep = 1 - p
         flat = mask.reshape(-1)
-        parts = [encode_mask(flat[start:stop]) for start, stop in chunk_bounds(flat.numel(), flat.device, _UNIT)]
-        ctx.save_for_backward(torch.cat(parts) if parts else encode_mask(flat))
-        return output
+        bounds = chunk_bounds(flat.numel(), flat.device, _UNIT)
+        kept = collect_chunks(_UNIT, flat.numel(), bounds, lambda i, j: (encode_mask(flat[i:j].bool()),))
+        ctx.save_for_backward(*kept)
+        return output.div_(1 - p).mul_(input) if output is mask else output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        in_place = owned(grad_output) and grad_output.is_contiguous()
         (packed,) = ctx.saved_tensors
         grad = grad_output.reshape(-1)
-        grad_input = torch.empty_like(grad)
+        grad_input = grad if in_place else torch.empty_like(grad)
         factor = torch.ones((), dtype=grad.dtype, device=grad.device).div_(ctx.keep)
         for start, stop in chunk_bounds(grad.numel(), grad.device, _UNIT):
             mask = decode_mask(packed[start // _UNIT : -(-stop // _UNIT)], stop - start)

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..codecs.chunked import chunk_bounds
+from ..codecs.base import Kept
+from ..codecs.chunked import chunk_bounds, collect_chunks
 from ..codecs.mask import decode_mask, encode_mask
-from .memory_order import flatten, memory_permutation, unflatten
+from .memory_order import flatten, memory_permutation, same_memory, unflatten
+from .ownership import owned
 
 _UNIT = 1024
 
@@ -27,14 +29,29 @@ class MaskedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, function: Callable[[Tensor], Tensor], mask: Mask, slope: float, other_slope: float
+        ctx: Any,
+        input: Tensor,
+        function: Callable[[Tensor], Tensor],
+        mask: Mask,
+        slope: float,
+        other_slope: float,
+        overwrite: bool,
     ) -> Tensor:
         ctx.slopes = slope, other_slope
         ctx.permutation = memory_permutation(input)
         flat = flatten(input, ctx.permutation)
+
+        def encode(start: int, stop: int) -> Kept:
+            piece = flat[start:stop]
+            packed = encode_mask(mask(piece))
+            if overwrite:
+                piece.copy_(function(piece))
+            return (packed,)
+
         bounds = chunk_bounds(flat.numel(), flat.device, _UNIT)
-        parts = [encode_mask(mask(flat[start:stop])) for start, stop in bounds]
-        ctx.save_for_backward(torch.cat(parts) if parts else encode_mask(mask(flat)))
+        ctx.save_for_backward(*collect_chunks(_UNIT, flat.numel(), bounds, encode))
+        if overwrite:
+            return same_memory(input)
         output = function(input)
         if output is input:
             ctx.mark_dirty(input)
@@ -43,22 +60,32 @@ class MaskedFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        in_place = owned(grad_output)
         (packed,) = ctx.saved_tensors
         slope, other_slope = ctx.slopes
         grad = flatten(grad_output, ctx.permutation)
-        grad_input = torch.empty_like(grad)
+        grad_input = grad if in_place else torch.empty_like(grad)
         for start, stop in chunk_bounds(grad.numel(), grad.device, _UNIT):
             mask = decode_mask(packed[start // _UNIT : -(-stop // _UNIT)], stop - start)
             piece = grad[start:stop]
             inside = piece if slope == 1 else piece * slope
             outside = piece.new_zeros(()) if other_slope == 0 else piece * other_slope
             torch.where(mask, inside, outside, out=grad_input[start:stop])
-        return unflatten(grad_input, grad_output.shape, ctx.permutation), None, None, None, None
+        return unflatten(grad_input, grad_output.shape, ctx.permutation), None, None, None, None, None
 
 
 def masked(
-    input: Tensor, function: Callable[[Tensor], Tensor], mask: Mask, slope: float = 1.0, other_slope: float = 0.0
+    input: Tensor,
+    function: Callable[[Tensor], Tensor],
+    mask: Mask,
+    slope: float = 1.0,
+    other_slope: float = 0.0,
+    overwrite: bool = False,
 ) -> Tensor:
-    """`function(input)`, elementwise; `function` may work in place and return its argument."""
-    return MaskedFunction.apply(input, function, mask, slope, other_slope)
+    """`function(input)`, elementwise; `function` may work in place and return its argument.
+
+    Args:
+        overwrite: the result takes the memory of `input`; see `pointwise`.
+    """
+    return MaskedFunction.apply(input, function, mask, slope, other_slope, overwrite)

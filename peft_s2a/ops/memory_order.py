@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 Permutation = tuple[int, ...]
@@ -17,6 +18,11 @@ def memory_permutation(x: Tensor) -> Permutation:
     return tuple(sorted(range(x.dim()), key=lambda d: (-strides[d], d)))
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements lie in memory without overlap and without gaps, in whatever order of dimensions."""
+    return x.permute(memory_permutation(x)).is_contiguous()
+
+
 def flatten(x: Tensor, permutation: Permutation) -> Tensor:
     """`(numel,)`; a view where x is dense in this order, else a copy."""
     return x.permute(permutation).reshape(-1)
@@ -26,3 +32,14 @@ def unflatten(flat: Tensor, shape: Sequence[int], permutation: Permutation) -> T
     """Inverse of `flatten`: a view of `flat` with the given shape."""
     inverse = sorted(range(len(permutation)), key=permutation.__getitem__)
     return flat.view([shape[d] for d in permutation]).permute(inverse)
+
+
+def same_memory(x: Tensor) -> Tensor:
+    """A new tensor over the memory of `x`, which autograd does not know for a view of it.
+
+    Every tensor that autograd had kept of the old content becomes an error in backward, as after any in-place change.
+    """
+    fresh = torch.empty(0, dtype=x.dtype, device=x.device)
+    fresh.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+    torch.autograd.graph.increment_version(x)
+    return fresh

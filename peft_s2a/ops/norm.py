@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..codecs.affine import GroupAffineCodec
+from ..codecs.backend import compiles, run
 from ..codecs.base import Codec
 from ..codecs.chunked import chunk_bounds, decode_range, encode_chunked
+from .ownership import owned
 
 Kind = Literal["layer", "rms", "unit"]
 
@@ -28,8 +32,8 @@ def _statistics(rows: Tensor, eps: float, kind: Kind) -> tuple[Tensor | None, Te
         empty = rows.sum(-1, keepdim=True)
         return (empty if kind == "layer" else None), empty
     if kind == "layer":
-        variance, mean = torch.var_mean(rows, dim=-1, correction=0, keepdim=True)
-        return mean, (variance + eps).rsqrt_()
+        _, mean, rstd = torch.native_layer_norm(rows, rows.shape[-1:], None, None, eps)
+        return mean, rstd
     if kind == "unit":
         return None, math.sqrt(rows.shape[-1]) / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min_(eps)
     return None, (rows.square().mean(-1, keepdim=True) + eps).rsqrt_()
@@ -37,6 +41,41 @@ def _statistics(rows: Tensor, eps: float, kind: Kind) -> tuple[Tensor | None, Te
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _rows_gradient(g: Tensor, x_hat: Tensor, rstd: Tensor, gamma: Tensor | None, kind: Kind) -> Tensor:
+    """Gradient of the input of `(M, D)` rows."""
+    if gamma is not None:
+        g = g * gamma
+    elif kind == "unit":
+        g = g / math.sqrt(g.shape[-1])
+    projection = (g * x_hat).mean(-1, keepdim=True)
+    dx = g - x_hat * projection
+    if kind == "layer":
+        dx -= g.mean(-1, keepdim=True)
+    return dx.mul_(rstd)
+
+
+@dataclass(frozen=True)
+class _Backward:
+    codec: GroupAffineCodec
+    kind: Kind
+    in_place: bool
+
+
+def _input_gradient(spec: _Backward, grad: Tensor, rstd: Tensor, gamma: Tensor | None, *kept: Tensor) -> Tensor | None:
+    """Decodes and takes the gradient, in place or not: a kernel."""
+    x_hat = spec.codec.decode_rows(kept, rstd.dtype)
+    found = _rows_gradient(grad.to(rstd.dtype), x_hat, rstd, gamma, spec.kind).to(grad.dtype)
+    if spec.in_place:
+        grad.copy_(found)
+        return None
+    return found
+
+
+def _fuses(codec: Codec, rows: Tensor) -> bool:
+    """Whether one compiled kernel does it: codes that are packed row by row."""
+    return isinstance(codec, GroupAffineCodec) and codec.row == rows.shape[1] and compiles(codec.backend, rows)
 
 
 class NormFunction(torch.autograd.Function):
@@ -52,8 +91,14 @@ class NormFunction(torch.autograd.Function):
         eps: float,
         kind: Kind,
         codec: Codec,
+        kept_too: list[Tensor] | None,
     ) -> Tensor:
-        if kind == "layer":
+        wide = _wide(input.dtype)
+        statistics: tuple[Tensor, Tensor] | None = None
+        if kind == "layer" and input.dtype == wide and not torch.is_autocast_enabled(input.device.type):
+            output, *found = torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
+            statistics = found[0].reshape(-1, 1), found[1].reshape(-1, 1)
+        elif kind == "layer":
             output = torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)
         elif kind == "unit":
             output = torch.nn.functional.normalize(input, dim=-1, eps=eps)
@@ -61,35 +106,49 @@ class NormFunction(torch.autograd.Function):
             output = torch.nn.functional.rms_norm(input, normalized_shape, weight, eps)
         width = math.prod(normalized_shape)
         rows = input.reshape(-1, width)
-        wide = _wide(input.dtype)
         deviations: list[Tensor] = []
 
         def normalised(start: int, stop: int) -> Tensor:
             piece = rows[start // width : stop // width].to(wide)
-            mean, rstd = _statistics(piece, eps, kind)
-            deviations.append(rstd)
-            centre = piece if mean is None else piece - mean
-            return (centre * rstd).reshape(-1)
+            if statistics is None:
+                mean, rstd = _statistics(piece, eps, kind)
+                deviations.append(rstd)
+            else:
+                mean, rstd = (t[start // width : stop // width] for t in statistics)
+            return (piece * rstd if mean is None else (piece - mean).mul_(rstd)).view(-1)
 
         kept = encode_chunked(codec, rows.numel(), rows.device, normalised, unit=width)
-        rstd = torch.cat(deviations) if len(deviations) != 1 else deviations[0]
+        if statistics is not None:
+            rstd = statistics[1]
+        else:
+            rstd = torch.cat(deviations) if len(deviations) != 1 else deviations[0]
         ctx.codec, ctx.width, ctx.kind = codec, width, kind
         ctx.input_dtype, ctx.normalized_shape = input.dtype, tuple(normalized_shape)
         ctx.save_for_backward(rstd, weight, *kept)
+        if kept_too is not None:
+            kept_too.extend(kept)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        in_place = owned(grad_output)
         rstd, weight, *kept = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         width, codec = ctx.width, ctx.codec
         grad = grad_output.reshape(-1, width)
         wide = rstd.dtype
         gamma = None if weight is None else weight.reshape(-1).to(wide)
-        grad_input = torch.empty(grad.shape, dtype=ctx.input_dtype, device=grad.device) if needs_input else None
+        grad_bias = grad.sum(0).view(ctx.normalized_shape) if needs_bias else None  # before grad is overwritten
+        in_place = in_place and grad_output.is_contiguous() and grad.dtype == ctx.input_dtype
+        grad_input = grad if needs_input and in_place else None
         grad_weight = torch.zeros(width, dtype=wide, device=grad.device) if needs_weight else None
-        if needs_input or needs_weight:
+        if needs_input and not needs_weight and _fuses(codec, grad):
+            found = run(codec.backend, _input_gradient, _Backward(codec, ctx.kind, in_place), grad, rstd, gamma, *kept)
+            grad_input = grad if found is None else found.to(ctx.input_dtype)
+        elif needs_input or needs_weight:
+            if needs_input and grad_input is None:
+                grad_input = torch.empty(grad.shape, dtype=ctx.input_dtype, device=grad.device)
             for start, stop in chunk_bounds(grad.numel(), grad.device, codec.unit, width):
                 rows = slice(start // width, stop // width)
                 x_hat = decode_range(codec, tuple(kept), start, stop, wide).view(-1, width)
@@ -97,23 +156,12 @@ class NormFunction(torch.autograd.Function):
                 if grad_weight is not None:
                     grad_weight += (g * x_hat).sum(0)
                 if grad_input is not None:
-                    if gamma is not None:
-                        g = g * gamma
-                    elif ctx.kind == "unit":
-                        g = g / math.sqrt(width)
-                    projection = (g * x_hat).mean(-1, keepdim=True)
-                    dx = torch.addcmul(g, x_hat, projection, value=-1)
-                    if ctx.kind == "layer":
-                        dx -= g.mean(-1, keepdim=True)
-                    grad_input[rows] = dx.mul_(rstd[rows])
-        grad_bias = grad.sum(0) if needs_bias else None
+                    grad_input[rows] = _rows_gradient(g, x_hat, rstd[rows], gamma, ctx.kind)
         if grad_weight is not None:
             grad_weight = grad_weight.view(weight.shape).to(weight.dtype)
-        if grad_bias is not None:
-            grad_bias = grad_bias.view(ctx.normalized_shape)
         if grad_input is not None:
             grad_input = grad_input.view(grad_output.shape)
-        return grad_input, grad_weight, grad_bias, None, None, None, None
+        return grad_input, grad_weight, grad_bias, None, None, None, None, None
 
 
 def layer_norm(
@@ -123,20 +171,26 @@ def layer_norm(
     bias: Tensor | None,
     eps: float,
     codec: Codec,
+    kept: list[Tensor] | None = None,
 ) -> Tensor:
-    """`torch.nn.functional.layer_norm`; keeps x_hat through `codec`."""
-    return NormFunction.apply(input, weight, bias, normalized_shape, eps, "layer", codec)
+    """`torch.nn.functional.layer_norm`; keeps x_hat through `codec`, and in the list `kept`."""
+    return NormFunction.apply(input, weight, bias, normalized_shape, eps, "layer", codec, kept)
 
 
 def rms_norm(
-    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None, codec: Codec
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    eps: float | None,
+    codec: Codec,
+    kept: list[Tensor] | None = None,
 ) -> Tensor:
-    """`torch.nn.functional.rms_norm`; keeps x_hat through `codec`."""
+    """`torch.nn.functional.rms_norm`; keeps x_hat through `codec`, and in the list `kept`."""
     if eps is None:
         eps = torch.finfo(_wide(input.dtype)).eps
-    return NormFunction.apply(input, weight, None, normalized_shape, eps, "rms", codec)
+    return NormFunction.apply(input, weight, None, normalized_shape, eps, "rms", codec, kept)
 
 
 def normalize(input: Tensor, eps: float, codec: Codec) -> Tensor:
     """`torch.nn.functional.normalize(input, dim=-1, eps=eps)`: unit vectors; keeps them through `codec`."""
-    return NormFunction.apply(input, None, None, input.shape[-1:], eps, "unit", codec)
+    return NormFunction.apply(input, None, None, input.shape[-1:], eps, "unit", codec, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,13 +10,28 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..codecs.base import Codec, Kept
-from ..codecs.chunked import decode_range, encode_chunked
+from ..codecs.chunked import chunk_bounds, decode_range, encode_chunked
 from ..codecs.probability import KeptRows
+from .lineage import Program
 from .memory_order import flatten, memory_permutation, unflatten
+from .ownership import owned
 
 
-def _keep(codec: Codec, factor: Tensor) -> tuple[Kept, tuple[int, ...]]:
+@dataclass(frozen=True)
+class RebuiltFactor:
+    """In a codec's place: the factor is made again from `leaves`."""
+
+    program: Program
+    leaves: Kept
+
+
+Keeper = Codec | RebuiltFactor
+
+
+def _keep(codec: Keeper, factor: Tensor) -> tuple[Kept, tuple[int, ...]]:
     permutation = memory_permutation(factor)
+    if isinstance(codec, RebuiltFactor):
+        return codec.leaves, permutation
     if isinstance(codec, KeptRows):
         return codec.kept, permutation
     flat = flatten(factor, permutation)
@@ -26,42 +42,65 @@ class ProductFunction(torch.autograd.Function):
     """`a * b` or `a @ b`; keeps each factor that the other's gradient needs, through its codec."""
 
     @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor, is_matmul: bool, codecs: tuple[Codec, Codec]) -> Tensor:
+    def forward(ctx: Any, left: Tensor, right: Tensor, is_matmul: bool, codecs: tuple[Keeper, Keeper]) -> Tensor:
         output = torch.matmul(left, right) if is_matmul else left * right
-        ctx.is_matmul, ctx.codecs = is_matmul, codecs
+        ctx.is_matmul = is_matmul
         ctx.shapes, ctx.dtypes = (left.shape, right.shape), (left.dtype, right.dtype)
         needs_left, needs_right = ctx.needs_input_grad[:2]
         kept_left, ctx.left_order = _keep(codecs[0], left) if needs_right else ((), ())
         kept_right, ctx.right_order = _keep(codecs[1], right) if needs_left else ((), ())
         ctx.split = len(kept_left)
+        # what is kept belongs to the graph alone
+        ctx.codecs = tuple(replace(c, leaves=()) if isinstance(c, RebuiltFactor) else c for c in codecs)
         ctx.save_for_backward(*kept_left, *kept_right)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        kept = ctx.saved_tensors
+        in_place = owned(grad_output)
+        kept, dtype = ctx.saved_tensors, grad_output.dtype
+        others = (ctx.codecs[1], kept[ctx.split :], ctx.right_order), (ctx.codecs[0], kept[: ctx.split], ctx.left_order)
         grads: list[Tensor | None] = [None, None]
-        if ctx.needs_input_grad[0]:
-            right = _restore(ctx.codecs[1], kept[ctx.split :], ctx.shapes[1], ctx.right_order, grad_output.dtype)
-            grad = grad_output @ right.mT if ctx.is_matmul else grad_output * right
-            grads[0] = grad.sum_to_size(ctx.shapes[0]).to(ctx.dtypes[0])
-        if ctx.needs_input_grad[1]:
-            left = _restore(ctx.codecs[0], kept[: ctx.split], ctx.shapes[0], ctx.left_order, grad_output.dtype)
-            grad = left.mT @ grad_output if ctx.is_matmul else grad_output * left
-            grads[1] = grad.sum_to_size(ctx.shapes[1]).to(ctx.dtypes[1])
+        for side in (0, 1):
+            if not ctx.needs_input_grad[side]:
+                continue
+            codec, codes, order = others[side]
+            last = side == 1 or not ctx.needs_input_grad[1]
+            if not ctx.is_matmul and ctx.shapes[0] == ctx.shapes[1] and not isinstance(codec, RebuiltFactor):
+                grad = _times(grad_output, codec, codes, order, in_place and last)
+            else:
+                other = _restore(codec, codes, ctx.shapes[1 - side], order, dtype)
+                if not ctx.is_matmul:
+                    grad = grad_output * other
+                else:
+                    grad = other.mT @ grad_output if side else grad_output @ other.mT
+            grads[side] = grad.sum_to_size(ctx.shapes[side]).to(ctx.dtypes[side])
         return *grads, None, None
 
 
-def _restore(codec: Codec, kept: Kept, shape: torch.Size, permutation: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _times(grad: Tensor, codec: Codec, codes: Kept, order: tuple[int, ...], in_place: bool) -> Tensor:
+    """`grad * factor`, piece by piece, over the memory of `grad` if that may be."""
+    flat = flatten(grad, order)
+    product = (
+        flat if in_place and flat.untyped_storage()._cdata == grad.untyped_storage()._cdata else torch.empty_like(flat)
+    )
+    for start, stop in chunk_bounds(flat.numel(), flat.device, codec.unit):
+        torch.mul(flat[start:stop], decode_range(codec, codes, start, stop, grad.dtype), out=product[start:stop])
+    return unflatten(product, grad.shape, order)
+
+
+def _restore(codec: Keeper, kept: Kept, shape: torch.Size, permutation: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if isinstance(codec, RebuiltFactor):
+        return codec.program.run(kept)[0].to(dtype)
     return unflatten(decode_range(codec, kept, 0, shape.numel(), dtype), shape, permutation)
 
 
-def multiply(left: Tensor, right: Tensor, codec: Codec, right_codec: Codec | None = None) -> Tensor:
+def multiply(left: Tensor, right: Tensor, codec: Keeper, right_codec: Keeper | None = None) -> Tensor:
     """`left * right`, broadcasting; both factors go through `codec` unless the right one has its own."""
     return ProductFunction.apply(left, right, False, (codec, right_codec or codec))
 
 
-def matmul(left: Tensor, right: Tensor, codec: Codec, right_codec: Codec | None = None) -> Tensor:
+def matmul(left: Tensor, right: Tensor, codec: Keeper, right_codec: Keeper | None = None) -> Tensor:
     """`left @ right` of tensors with at least two dimensions each."""
     return ProductFunction.apply(left, right, True, (codec, right_codec or codec))

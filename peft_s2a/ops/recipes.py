@@ -79,16 +79,20 @@ class RecipeBook:
 def flatten_recipe(recipe: Recipe) -> tuple[list[Tensor], Recipe]:
     """The tensors at the leaves, and the tree with their numbers in their places."""
     leaves: list[Tensor] = []
+    return leaves, _strip(recipe, leaves)
 
-    def strip(value: Any) -> Any:
-        if isinstance(value, Recipe):
-            return Recipe(value.function, tuple(map(strip, value.args)), {k: strip(v) for k, v in value.kwargs.items()})
-        if isinstance(value, Tensor):
-            leaves.append(value)
-            return _Leaf(len(leaves) - 1)
-        return value
 
-    return leaves, strip(recipe)
+# no recursive closures here: each would be a reference cycle that holds tensors until the garbage is collected
+
+
+def _strip(value: Any, leaves: list[Tensor]) -> Any:
+    if isinstance(value, Recipe):
+        args = tuple(_strip(a, leaves) for a in value.args)
+        return Recipe(value.function, args, {k: _strip(v, leaves) for k, v in value.kwargs.items()})
+    if isinstance(value, Tensor):
+        leaves.append(value)
+        return _Leaf(len(leaves) - 1)
+    return value
 
 
 def _versions(result: Tensor, recipe: Recipe) -> tuple[int, ...]:
@@ -98,10 +102,13 @@ def _versions(result: Tensor, recipe: Recipe) -> tuple[int, ...]:
 def rebuild(tree: Recipe, leaves: Sequence[Tensor]) -> Tensor:
     """The tensor again, from the leaves of `flatten_recipe`."""
 
-    def value_of(node: Any) -> Any:
-        if isinstance(node, Recipe):
-            return node.function(*map(value_of, node.args), **{k: value_of(v) for k, v in node.kwargs.items()})
-        return leaves[node.index] if isinstance(node, _Leaf) else node
-
     with torch.no_grad():
-        return value_of(tree)
+        value: Tensor = _value_of(tree, leaves)
+        return value
+
+
+def _value_of(node: Any, leaves: Sequence[Tensor]) -> Any:
+    if isinstance(node, Recipe):
+        args = [_value_of(a, leaves) for a in node.args]
+        return node.function(*args, **{k: _value_of(v, leaves) for k, v in node.kwargs.items()})
+    return leaves[node.index] if isinstance(node, _Leaf) else node

@@ -7,7 +7,9 @@ kernel adds it and no extra pass over the output is made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +127,35 @@ def find_channel_dim(layer: nn.Module) -> int:
     return 1 if type(layer).__name__.lower().endswith(("2d", "3d")) else -1
 
 
+class _Shared(threading.local):
+    """Sums that several calls of one thread have in common."""
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple[nn.Module, BiasSlot, int], tuple[torch.Tensor, torch.Tensor]] | None = None
+
+
+_SHARED = _Shared()
+
+
+@contextmanager
+def shared_sums(share: bool = True) -> Iterator[None]:
+    """Calls inside have one sum of bias and delta for each layer in common; `share=False`: none with those outside."""
+    outer, _SHARED.sums = _SHARED.sums, {} if share else None
+    try:
+        yield
+    finally:
+        _SHARED.sums = outer
+
+
+def _shared_bias(layer: nn.Module, slot: BiasSlot, delta: torch.Tensor) -> torch.Tensor:
+    if _SHARED.sums is None or torch.compiler.is_compiling():
+        return merged_bias(layer, slot, delta)
+    key = layer, slot, id(delta)
+    if key not in _SHARED.sums:
+        _SHARED.sums[key] = delta, merged_bias(layer, slot, delta)  # holding the delta keeps its number its own
+    return _SHARED.sums[key][1]
+
+
 def merged_bias(layer: nn.Module, slot: BiasSlot, delta: torch.Tensor) -> torch.Tensor:
     """Bias plus delta, added in the wider of both dtypes and returned in the layer's dtype, shape (channels)."""
     owner = layer.get_submodule(slot.owner)
@@ -182,7 +213,7 @@ def call_with_bias_deltas(
     Args:
         deltas: for a slot, the delta of shape (channels).
     """
-    biases = {slot: merged_bias(layer, slot, delta) for slot, delta in deltas.items() if slot.in_place}
+    biases = {slot: _shared_bias(layer, slot, delta) for slot, delta in deltas.items() if slot.in_place}
     if not biases:
         output = layer(*args, **kwargs)
     elif can_stand_in(layer):

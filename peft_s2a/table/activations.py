@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,12 @@ from torch import Tensor
 from ..codecs.levels import Derivative, DerivativeCodec
 from ..ops import derivatives
 from ..ops.dropout import dropout
+from ..ops.lineage import Elementwise, Node, compile_program
 from ..ops.masked import Mask, masked
+from ..ops.overwriting import write_over
 from ..ops.pointwise import pointwise
-from .context import MIN_ELEMENTS, Context, applies, replaces
+from ..ops.rebuilt import rebuilt_pointwise
+from .context import MIN_ELEMENTS, TABLE, Context, Handler, applies, replaces
 
 
 def _smooth(
@@ -27,10 +31,42 @@ def _smooth(
 ) -> Any:
     if not applies(context, kind, input) or (in_place and input.is_leaf):
         return NotImplemented
-    codec = DerivativeCodec(derivative, context.bits(kind) or 0)
+    backend = "eager" if in_place else context.settings.backend
+    codec = DerivativeCodec(derivative, context.bits(kind) or 0, backend=backend)
+    if torch.compiler.is_compiling():
+        return pointwise(input, in_place_of(function) if in_place else function, codec)
     if in_place:
-        return pointwise(input, lambda x: x.copy_(function(x)), codec)
-    return pointwise(input, function, codec)
+        return pointwise(input, in_place_of(function), codec) if torch.is_grad_enabled() else NotImplemented
+    if not torch.is_grad_enabled():  # a block that will be recomputed
+        return write_over(input, function) if context.overwriting.take(input) else NotImplemented
+    node = context.origin(kind, input)
+    if node is None:
+        return pointwise(input, function, codec, context.overwriting.take(input))
+    return _rebuilt(context, node, input, function, derivative)
+
+
+def in_place_of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function that puts its result in the place of its argument."""
+    return lambda x: x.copy_(function(x))
+
+
+def _rebuilt(
+    context: Context, node: Node, input: Tensor, function: Callable[[Tensor], Tensor], derivative: Derivative
+) -> Tensor:
+    """The operator that makes its input again; the way to its result is known then, too."""
+    program, leaves = compile_program([node])
+    output = rebuilt_pointwise(input, function, derivative, program, leaves, context.overwriting.take(input))
+    context.lineage.put(output, replace(node, step=Elementwise(function), parents=(node,), leaves=()))
+    return output
+
+
+def _plain(function: Callable[[Tensor], Tensor], derivative: Derivative) -> Handler:
+    """The handler of a function that takes a tensor and nothing else."""
+
+    def handler(context: Context, input: Tensor, *, out: Tensor | None = None) -> Any:
+        return NotImplemented if out is not None else _smooth(context, "pointwise", input, function, derivative)
+
+    return handler
 
 
 @replaces(F.gelu)
@@ -60,6 +96,28 @@ def _tanh(context: Context, input: Tensor, *, out: Tensor | None = None) -> Any:
     return _smooth(context, "pointwise", input, torch.tanh, derivatives.Tanh())
 
 
+@replaces(torch.sigmoid_, Tensor.sigmoid_)
+def _sigmoid_in_place(context: Context, input: Tensor) -> Any:
+    return _smooth(context, "pointwise", input, torch.sigmoid, derivatives.Sigmoid(), True)
+
+
+@replaces(torch.tanh_, Tensor.tanh_)
+def _tanh_in_place(context: Context, input: Tensor) -> Any:
+    return _smooth(context, "pointwise", input, torch.tanh, derivatives.Tanh(), True)
+
+
+for _function, _derivative in (
+    (F.softsign, derivatives.Softsign()),
+    (F.tanhshrink, derivatives.Tanhshrink()),
+    (F.logsigmoid, derivatives.Logsigmoid()),
+    (torch.atan, derivatives.Atan()),
+    (Tensor.atan, derivatives.Atan()),
+    (torch.asinh, derivatives.Asinh()),
+    (Tensor.asinh, derivatives.Asinh()),
+):
+    TABLE[_function] = _plain(_function, _derivative)
+
+
 @replaces(F.softplus)
 def _softplus(context: Context, input: Tensor, beta: float = 1, threshold: float = 20) -> Any:
     derivative = derivatives.Softplus(float(beta), float(threshold))
@@ -75,6 +133,21 @@ def _elu(context: Context, input: Tensor, alpha: float = 1.0, inplace: bool = Fa
 def _celu(context: Context, input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Any:
     derivative = derivatives.Elu(float(alpha), 1.0, float(alpha))
     return _smooth(context, "pointwise", input, lambda x: F.celu(x, alpha), derivative, inplace)
+
+
+@replaces(torch._C._nn.elu_)
+def _elu_in_place(context: Context, input: Tensor, alpha: float = 1.0) -> Any:
+    return _elu(context, input, alpha, True)
+
+
+@replaces(torch.celu_)
+def _celu_in_place(context: Context, input: Tensor, alpha: float = 1.0) -> Any:
+    return _celu(context, input, alpha, True)
+
+
+@replaces(torch.selu_)
+def _selu_in_place(context: Context, input: Tensor) -> Any:
+    return _selu(context, input, True)
 
 
 @replaces(F.selu, torch.selu)
@@ -158,10 +231,9 @@ def _leaky_relu(context: Context, input: Tensor, negative_slope: float = 0.01, i
 
 @replaces(F.hardsigmoid)
 def _hardsigmoid(context: Context, input: Tensor, inplace: bool = False) -> Any:
-    if inplace:
-        return NotImplemented
+    in_place = (lambda x: F.hardsigmoid(x, inplace=True)) if inplace else None
     # torch's slope is 1 / 6 rounded to float32, in float64 too
-    return _two_slopes(input, F.hardsigmoid, lambda x: (x > -3) & (x < 3), slope=0.1666666716337204)
+    return _two_slopes(input, F.hardsigmoid, lambda x: (x > -3) & (x < 3), 0.1666666716337204, in_place=in_place)
 
 
 @replaces(F.dropout, torch.dropout)

@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..codecs.affine import GroupAffineCodec
 from ..codecs.base import Codec, IdentityCodec
 from ..codecs.channel import ChannelAffineCodec
 from ..codecs.levels import DerivativeCodec
 from ..codecs.probability import KeptRows, SqrtProbabilityCodec
-from ..ops.attention import attention
+from ..ops.attention import Heads, attention
 from ..ops.derivatives import Silu
+from ..ops.lineage import compile_program
+from ..ops.logsumexp import logsumexp
 from ..ops.pointwise import pointwise
-from ..ops.product import matmul, multiply
+from ..ops.product import RebuiltFactor, matmul, multiply
 from ..ops.softmax import softmax
 from .context import MIN_ELEMENTS, Context, applies, replaces
 
@@ -33,26 +34,44 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    if not applies(context, "attention", query, key, value) or query.dim() < 3:
+    if not applies(context, "attention", query, key, value) or min(query.dim(), key.dim(), value.dim()) < 3:
         return NotImplemented
-    lead = query.shape[:-3]
-    if key.shape[:-3] != lead or value.shape[:-3] != lead:
-        return NotImplemented
-    if not enable_gqa and not query.shape[-3] == key.shape[-3] == value.shape[-3]:
-        return NotImplemented
+    query, key, value = _same_batch(query, key, value, 3 if enable_gqa else 2)
     if torch.compiler.is_compiling() and (dropout_p > 0 or (attn_mask is not None and attn_mask.requires_grad)):
         return NotImplemented  # neither the random state nor a gradient of the mask can be traced
     options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-    codec = ChannelAffineCodec(context.bits("attention") or 0)
+    codec = ChannelAffineCodec(context.bits("attention") or 8, context.settings.rounding, context.settings.backend)
     recipe = None
     if attn_mask is not None and not attn_mask.requires_grad and not torch.compiler.is_compiling():
         recipe = context.recipes.get(attn_mask)
     if query.dim() == 4:
-        return attention(query, key, value, attn_mask, options, codec, recipe)
-    if attn_mask is not None:
-        return NotImplemented
+        heads = _heads(context, codec, query, key, value)
+        return attention(query, key, value, attn_mask, options, codec, recipe, heads)
+    lead = query.shape[:-3]
+    if attn_mask is not None and attn_mask.dim() > 3:
+        attn_mask, recipe = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4), None
     q, k, v = (t.reshape(-1, *t.shape[-3:]) for t in (query, key, value))
-    return attention(q, k, v, None, options, codec).view(*lead, *query.shape[-3:-1], value.shape[-1])
+    output = attention(q, k, v, attn_mask, options, codec, recipe)
+    return output.view(*lead, *query.shape[-3:-1], value.shape[-1])
+
+
+def _same_batch(query: Tensor, key: Tensor, value: Tensor, own: int) -> tuple[Tensor, ...]:
+    """The tensors expanded to a common shape, but for the last `own` dimensions."""
+    shapes = [t.shape[:-own] for t in (query, key, value)]
+    if shapes[0] == shapes[1] == shapes[2]:
+        return query, key, value
+    common = torch.broadcast_shapes(*shapes)
+    return tuple(t.expand(*common, *t.shape[-own:]) for t in (query, key, value))
+
+
+def _heads(context: Context, codec: ChannelAffineCodec, *tensors: Tensor) -> Heads:
+    """Those of q, k and v whose origin is known are rebuilt from it, the others kept in codes."""
+    nodes = [context.origin("attention", t) for t in tensors]
+    known = [node for node in nodes if node is not None]
+    if not known:
+        return Heads(codec)
+    program, leaves = compile_program(known)
+    return Heads(codec, program, tuple(leaves), tuple(node is not None for node in nodes))  # type: ignore[arg-type]
 
 
 @replaces(F.softmax, torch.softmax, Tensor.softmax)
@@ -65,18 +84,13 @@ def _softmax(
     *,
     out: Tensor | None = None,
 ) -> Any:
-    if (
-        out is not None
-        or dim is None
-        or dim % max(input.dim(), 1) != input.dim() - 1
-        or not applies(context, "softmax", input)
-    ):
+    if out is not None or dim is None or not applies(context, "softmax", input):
         return NotImplemented
     if dtype is None and isinstance(_stacklevel, torch.dtype):
         dtype = _stacklevel  # torch.softmax(input, dim, dtype)
-    codec = SqrtProbabilityCodec(context.bits("softmax") or 0)
-    if torch.compiler.is_compiling():
-        return softmax(input, dtype, codec)
+    codec = SqrtProbabilityCodec(context.bits("softmax") or 8, context.settings.rounding)
+    if torch.compiler.is_compiling() or dim % input.dim() != input.dim() - 1:
+        return softmax(input, dtype, codec, dim=dim)
     kept: list[Tensor] = []
     output = softmax(input, dtype, codec, kept)
     if output.is_contiguous():
@@ -84,8 +98,19 @@ def _softmax(
     return output
 
 
-def _factor_codec(context: Context, factor: Tensor) -> Codec:
-    """Codes for a large factor; a small one (the gates of a squeeze-and-excite) stays as it is."""
+@replaces(torch.logsumexp, Tensor.logsumexp, torch.special.logsumexp)
+def _logsumexp(
+    context: Context, input: Tensor, dim: Any = None, keepdim: bool = False, *, out: Tensor | None = None
+) -> Any:
+    if isinstance(dim, (tuple, list)) and len(dim) == 1:
+        dim = dim[0]
+    if out is not None or not isinstance(dim, int) or not applies(context, "softmax", input):
+        return NotImplemented
+    return logsumexp(input, dim, keepdim, SqrtProbabilityCodec(context.bits("softmax") or 8, context.settings.rounding))
+
+
+def _factor_codec(context: Context, factor: Tensor) -> Codec | RebuiltFactor:
+    """Codes for a large factor, or how it is made again; a small one (a squeeze-and-excite's gates) stays as it is."""
     if factor.numel() < MIN_ELEMENTS or factor.dtype == torch.float64:
         return IdentityCodec()
     if not torch.compiler.is_compiling() and factor in context.rows:
@@ -93,7 +118,11 @@ def _factor_codec(context: Context, factor: Tensor) -> Codec:
         if version == factor._version:  # not changed in place since
             rows: KeptRows = kept
             return rows
-    return GroupAffineCodec(context.bits("product") or 0)
+    node = context.origin("product", factor)
+    if node is not None:
+        program, leaves = compile_program([node])
+        return RebuiltFactor(program, tuple(leaves))
+    return context.affine("product")
 
 
 def _are_activations(context: Context, left: Any, right: Any) -> bool:

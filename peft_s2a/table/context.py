@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, float64
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..codecs.affine import ROW
+from ..codecs.affine import ROW, GroupAffineCodec
+from ..ops.lineage import LineageBook, Node
+from ..ops.overwriting import Overwriting
 from ..ops.recipes import RecipeBook
 from ..ops.scaled import ScaledTensors
 from ..settings import ActivationSettings
@@ -32,12 +35,28 @@ class Context:
     sigmoids: ScaledTensors = field(default_factory=ScaledTensors)
     rows: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Probabilities that are kept already, for the products that take them."""
+    lineage: LineageBook = field(default_factory=LineageBook)
+    overwriting: Overwriting = field(default_factory=Overwriting)
 
     def __reduce__(self) -> tuple[type[Context], tuple[ActivationSettings]]:
         return Context, (self.settings,)  # what is remembered belongs to the tensors of one process
 
     def bits(self, kind: str) -> int | None:
         return self.settings.bits.get(kind)
+
+    def affine(self, kind: str, group_size: int = 64, row: int = ROW) -> GroupAffineCodec:
+        """Group-wise codes for a kind; in 8 bits, to be on the safe side, for one that is exact."""
+        return GroupAffineCodec(self.bits(kind) or 8, group_size, self.settings.rounding, row, self.settings.backend)
+
+    def rebuilds(self) -> bool:
+        """Whether some kind of operator is rebuilt; while a graph is traced none is."""
+        return bool(self.settings.rebuilt) and not torch.compiler.is_compiling()
+
+    def origin(self, kind: str, tensor: Tensor) -> Node | None:
+        """How `tensor` is made again in backward, if operators of this kind are rebuilt and it is known."""
+        if kind not in self.settings.rebuilt or torch.compiler.is_compiling():
+            return None
+        return self.lineage.get(tensor)
 
 
 Handler = Callable[..., Any]

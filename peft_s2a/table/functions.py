@@ -1,4 +1,4 @@
-"""Sets of torch functions: whose results are rebuilt from smaller parts, and whose saved tensors may be coded."""
+"""Sets of torch functions, for what the mode does around a call."""
 
 from __future__ import annotations
 
@@ -26,26 +26,25 @@ GROWING = frozenset(
 )
 """Functions whose results, when they need no gradient and outgrow their parts, are remembered with their parts."""
 
-MULTIPLYING = frozenset(
+FORWARD_ONLY = frozenset({F.gelu, F.silu, F.mish, F.hardswish, F.elu, F.softplus, torch.tanh, torch.sigmoid})
+"""Functions that save memory in a forward pass without gradients too: their result takes the place of their input."""
+
+METADATA = frozenset(
     {
-        torch.exp,
-        Tensor.exp,
-        torch.sin,
-        Tensor.sin,
-        torch.cos,
-        Tensor.cos,
-        torch.erf,
-        Tensor.erf,
-        torch.einsum,
-        torch.tensordot,
-        torch.baddbmm,
-        F.bilinear,
-        torch.conv1d,
-        torch.conv2d,
-        torch.conv3d,
-        torch.conv_transpose1d,
-        torch.conv_transpose2d,
-        torch.conv_transpose3d,
+        Tensor.shape.__get__,  # type: ignore[attr-defined]
+        Tensor.dtype.__get__,  # type: ignore[attr-defined]
+        Tensor.device.__get__,
+        Tensor.layout.__get__,  # type: ignore[attr-defined]
+        Tensor.ndim.__get__,  # type: ignore[attr-defined]
+        Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+        Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
+        Tensor.grad_fn.__get__,  # type: ignore[union-attr]
+        Tensor.size,
+        Tensor.dim,
+        Tensor.numel,
+        Tensor.stride,
+        Tensor.is_contiguous,
+        Tensor.is_floating_point,
     }
 )
-"""Functions outside the table whose backward multiplies with what they save: it may be kept in codes."""
+"""Functions that do not look at the numbers of a tensor."""

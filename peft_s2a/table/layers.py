@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..codecs.affine import GroupAffineCodec
 from ..codecs.base import IdentityCodec
 from ..ops.convolution import convolution
 from ..ops.linear import linear
@@ -30,13 +29,15 @@ def _linear(context: Context, input: Tensor, weight: Tensor, bias: Tensor | None
         return NotImplemented
     if not applies(context, "linear", input):
         return NotImplemented
-    return linear(input, weight, bias, GroupAffineCodec(context.bits("linear") or 0))
+    return linear(input, weight, bias, context.affine("linear"))
+
+
+def _repeated(value: Any, dimensions: int) -> tuple[int, ...]:
+    """One number for each dimension."""
+    return (value,) * dimensions if isinstance(value, int) else tuple(value) * (dimensions // len(tuple(value)))
 
 
 def _convolution(dimensions: int) -> Handler:
-    def pair(value: Any) -> tuple[int, ...]:
-        return (value,) * dimensions if isinstance(value, int) else tuple(value) * (dimensions // len(tuple(value)))
-
     def handler(
         context: Context,
         input: Tensor,
@@ -49,13 +50,13 @@ def _convolution(dimensions: int) -> Handler:
     ) -> Any:
         if weight.requires_grad or input.dim() != dimensions + 2:
             return NotImplemented
-        stride, dilation = pair(stride), pair(dilation)
+        stride, dilation = _repeated(stride, dimensions), _repeated(dilation, dimensions)
         if isinstance(padding, str):
             reach = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
             if padding == "same" and any(r % 2 for r in reach):
                 return NotImplemented
             padding = tuple(r // 2 if padding == "same" else 0 for r in reach)
-        geometry = (stride, pair(padding), dilation, False, (0,) * dimensions, groups)
+        geometry = (stride, _repeated(padding, dimensions), dilation, False, (0,) * dimensions, groups)
         return convolution(input, weight, bias, geometry)
 
     return handler
@@ -63,6 +64,32 @@ def _convolution(dimensions: int) -> Handler:
 
 for _dimensions, _function in enumerate((torch.conv1d, torch.conv2d, torch.conv3d), start=1):
     TABLE[_function] = _convolution(_dimensions)
+
+
+def _transposed_convolution(dimensions: int) -> Handler:
+    def handler(
+        context: Context,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Any:
+        if weight.requires_grad or input.dim() != dimensions + 2:
+            return NotImplemented
+        step, border, spread, extra = (_repeated(v, dimensions) for v in (stride, padding, dilation, output_padding))
+        return convolution(input, weight, bias, (step, border, spread, True, extra, groups))
+
+    return handler
+
+
+for _dimensions, _transposed in enumerate(
+    (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), start=1
+):
+    TABLE[_transposed] = _transposed_convolution(_dimensions)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -87,6 +114,28 @@ def _max_pool(
         return NotImplemented
     stride = kernel if stride is None or stride == [] else _pair(stride)
     return max_pool(input, kernel, stride, _pair(padding), _pair(dilation), ceil_mode)
+
+
+@replaces(F.max_pool1d, torch.max_pool1d)
+def _max_pool_of_rows(
+    context: Context,
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    def one(value: Any) -> int:
+        return value if isinstance(value, int) else int(value[0])
+
+    kernel = 1, one(kernel_size)
+    if return_indices or kernel[1] > 256 or input.numel() < MIN_ELEMENTS:
+        return NotImplemented
+    strides = kernel if stride is None or stride == [] else (1, one(stride))
+    rows = input.unsqueeze(-2)
+    return max_pool(rows, kernel, strides, (0, one(padding)), (1, one(dilation)), ceil_mode).squeeze(-2)
 
 
 @replaces(F.avg_pool2d)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..codecs.affine import GroupAffineCodec
+from ..codecs.affine import ROW, GroupAffineCodec
 from ..ops.batch_norm import batch_norm
+from ..ops.group_norm import group_norm, instance_norm
+from ..ops.lineage import normalised_node
 from ..ops.norm import layer_norm, normalize, rms_norm
 from .context import Context, applies, replaces
+
+
+def _codec(context: Context, kind: str, width: int) -> GroupAffineCodec:
+    """Codes of normalised rows, packed row by row where a row is made of whole groups and long enough."""
+    row = width if width % 128 == 0 and 256 <= width <= 4 * ROW else ROW
+    group_size = 128 if kind == "source" and context.bits(kind) == 8 else 64  # 8 bits bear wider groups
+    return context.affine(kind, group_size, row)
 
 
 @replaces(F.layer_norm, torch.layer_norm)
@@ -24,18 +34,30 @@ def _layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Any:
-    if not applies(context, "norm", input):
+    kind = "source" if context.rebuilds() else "norm"
+    if not applies(context, kind, input):
         return NotImplemented
-    return layer_norm(input, normalized_shape, weight, bias, eps, GroupAffineCodec(context.bits("norm") or 0))
+    codec = _codec(context, kind, math.prod(normalized_shape))
+    kept: list[Tensor] | None = [] if kind == "source" else None
+    output = layer_norm(input, normalized_shape, weight, bias, eps, codec, kept)
+    if kept is not None:
+        context.lineage.put(output, normalised_node(output, codec, tuple(kept), weight, bias))
+    return output
 
 
 @replaces(F.rms_norm, torch.rms_norm)
 def _rms_norm(
     context: Context, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Any:
-    if not applies(context, "norm", input):
+    kind = "source" if context.rebuilds() else "norm"
+    if not applies(context, kind, input):
         return NotImplemented
-    return rms_norm(input, normalized_shape, weight, eps, GroupAffineCodec(context.bits("norm") or 0))
+    codec = _codec(context, kind, math.prod(normalized_shape))
+    kept: list[Tensor] | None = [] if kind == "source" else None
+    output = rms_norm(input, normalized_shape, weight, eps, codec, kept)
+    if kept is not None:
+        context.lineage.put(output, normalised_node(output, codec, tuple(kept), weight, None))
+    return output
 
 
 @replaces(F.normalize)
@@ -46,7 +68,7 @@ def _normalize(
         return NotImplemented
     if p != 2 or dim % input.dim() != input.dim() - 1 or out is not None or not applies(context, "norm", input):
         return NotImplemented
-    return normalize(input, eps, GroupAffineCodec(context.bits("norm") or 0))
+    return normalize(input, eps, _codec(context, "norm", input.shape[-1]))
 
 
 @replaces(F.group_norm, torch.group_norm)
@@ -59,20 +81,27 @@ def _group_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Any:
-    if not applies(context, "norm", input) or (weight is not None and weight.requires_grad):
+    if not applies(context, "norm", input) or input.dim() < 2 or input.shape[1] % num_groups:
+        return NotImplemented  # the last two are torch's own errors
+    codec = _codec(context, "norm", input.shape[1:].numel() // num_groups)
+    return group_norm(input, num_groups, weight, bias, eps, codec)
+
+
+@replaces(F.instance_norm)
+def _instance_norm(
+    context: Context,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    if running_mean is not None or not use_input_stats or input.dim() < 3 or not applies(context, "norm", input):
         return NotImplemented
-    if input.shape[1] % num_groups:
-        return NotImplemented  # torch's own error
-    # every group of an item is a row of a layer norm; gamma and beta follow for each channel
-    rows = input.reshape(input.shape[0] * num_groups, -1)
-    codec = GroupAffineCodec(context.bits("norm") or 0)
-    output = layer_norm(rows, rows.shape[1:], None, None, eps, codec).view(input.shape)
-    shape = (1, -1) + (1,) * (input.dim() - 2)
-    if weight is not None:
-        output = output * weight.view(shape)
-    if bias is not None:
-        output = output + bias.view(shape)
-    return output.to(input.dtype)
+    return instance_norm(input, weight, bias, eps, _codec(context, "norm", input.shape[2:].numel()))
 
 
 @replaces(F.batch_norm)
@@ -92,5 +121,5 @@ def _batch_norm(
             return NotImplemented
     elif weight is not None and weight.requires_grad:
         return NotImplemented
-    codec = GroupAffineCodec(context.bits("norm") or 8, group_size=128)
+    codec = context.affine("norm", group_size=128)
     return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, codec)

@@ -5,6 +5,7 @@ from .block import BlockAdapter
 from .config import S2AConfig
 from .layer import AttentionBiasLayer, BiasLayer, S2ALayer
 from .model import S2AModel
+from .planning import plan
 from .registration import register
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "S2AConfig",
     "S2ALayer",
     "S2AModel",
+    "plan",
     "register",
 ]

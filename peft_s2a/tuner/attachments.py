@@ -5,11 +5,13 @@ from __future__ import annotations
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .. import blockwise
 from ..interception import ActivationInterceptor
-from .batch_norm import hold_batch_norms, release_batch_norms
+from .batch_norm import hold_batch_norms, release_batch_norms, takes_batch_statistics
 from .block import remove_hooks
 from .checkpointing import prepare_checkpointing, release_checkpointing
 from .config import S2AConfig
+from .discovery import find_blocks
 from .image_size import ImageSize
 from .layer import S2ALayer
 from .matching import is_own, is_saved_whole
@@ -46,6 +48,8 @@ def install(model: nn.Module, adapter_name: str, config: S2AConfig) -> None:
         # any part may be recomputed by a checkpoint of its own
         if any(module.children()) and not is_own(name) and not isinstance(module, BaseTunerLayer):
             activation.attach(module)
+    for name in find_blocks(model):
+        blockwise.install(model.get_submodule(name), activation, takes_batch_statistics)
     trained = {
         module
         for name, module in model.named_modules()
@@ -72,5 +76,7 @@ def remove(model: nn.Module) -> None:
     if record is not None:
         remove_hooks(model, record)
         delattr(model, IMAGE_SIZE)
+    for module in model.modules():
+        blockwise.remove(module)
     release_batch_norms(model)
     release_checkpointing(model)

@@ -110,6 +110,18 @@ def hold_batch_norms(model: nn.Module, trained: set[nn.Module]) -> None:
             module.register_forward_pre_hook(hold_statistics)
 
 
+def takes_batch_statistics(model: nn.Module) -> bool:
+    """Whether a batch norm in the model normalises with the statistics of the batch, in training."""
+    for module in model.modules():
+        if isinstance(module, BatchNormLayer) and (module._statistics() or module.base_layer.running_mean is None):
+            return True
+    held = hold_statistics
+    return any(
+        module.running_mean is None or (module.training and held not in module._forward_pre_hooks.values())
+        for module in free_batch_norms(model)
+    )
+
+
 def release_batch_norms(model: nn.Module) -> None:
     """Undoes `hold_batch_norms`."""
     for module in model.modules():

@@ -8,7 +8,8 @@ from typing import Any
 
 from peft import PeftConfig
 
-from ..settings import ActivationSettings
+from ..memory.budget import parse_bytes
+from ..settings import ActivationSettings, Rounding
 from ..structure import BlockShape
 from .model_card import add_usage
 from .registration import add_peft_type
@@ -40,15 +41,29 @@ class S2AConfig(PeftConfig):
             518 px but trained at 112 px gets 8 x 8 + 1 rows, not 37 x 37 + 1); other sizes are interpolated at run
             time. Saved with the adapter; models that ask for `interpolate_pos_encoding=True` still need it.
         activation_bits: bits per kept element: 1, 2, 3, 4, 6, 8, a mapping {operator kind: bits}, or `None` for exact.
-            What operators outside the library's table save is coded only where their backward multiplies with it, in
-            8 bits unless a mapping sets `"other"`.
-        activation_backend: `"auto"` or `"eager"`: the operators run as plain PyTorch, and are traced with the model by
-            `torch.compile(model)`.
+            What torch's own functions save is coded where their backward multiplies with it, in 8 bits unless a
+            mapping sets `"other"`, or divides by it, in bfloat16.
+        activation_backend: `"eager"`: the kernels of the codecs run as plain PyTorch; `"compile"`: compiled by
+            `torch.compile`; `"auto"`: compiled on CUDA, eager elsewhere. `explain_backend()` tells what runs. A
+            `torch.compile(model)` traces them together with the model, whatever is set.
+        activation_rounding: `"nearest"`, or `"stochastic"`: up with the probability of the fraction, reproducibly for
+            `torch.manual_seed`, also where a block is computed again. Levels of derivatives are always the nearest.
+        activation_policy: what is kept at all. `"keep"`: codes of what each operator needs. `"rebuild"`: where an
+            operator's input is a linear image of a normalised input, that one alone, from which the rest is made again
+            in backward. `"recompute"`: a block's input alone; the block runs again in backward. Or a mapping
+            {operator kind: "keep" or "rebuild", "block": "keep" or "recompute"}. The kinds `"source"` and `"block"` of
+            `activation_bits` are the bits of normalised and of block inputs kept for this; 8 unless set.
         train_batch_norm: whether running statistics of batch norms are trained and saved with the adapter; by default
             they are frozen.
         block_shapes: shapes of the blocks' inputs, found by a shape-only run of the model and saved, so that loading
             needs no such run: {block name: {"layout", "channels", "out_channels", "grid", "num_extra"}}.
         batch_norm_modules: the batch norms of `train_batch_norm`, filled in when the adapter is made.
+        memory_budget: memory of the device, such as `"8GB"` or a number of bytes, that a training step has to fit. When
+            the adapter is made, the fastest policy that fits at `activation_bits` is taken, and fewer bits if none
+            does; see `peft_s2a.plan`. The plan is for AdamW and the model's dtype.
+        planned_batch_size: images in a step, on one device; needed with `memory_budget`.
+        memory_plan: what was chosen and its predicted peak in bytes; filled in when the adapter is made and saved, so
+            that loading plans nothing.
 
     Raises:
         ValueError: for values outside these.
@@ -85,7 +100,11 @@ class S2AConfig(PeftConfig):
     activation_bits: int | dict[str, int | None] | None = field(
         default=4, metadata={"help": "Bits per kept element: 1, 2, 3, 4, 6, 8, {kind: bits} or None for exact."}
     )
-    activation_backend: str = field(default="auto", metadata={"help": "'auto' or 'eager'."})
+    activation_backend: str = field(default="auto", metadata={"help": "'auto', 'eager' or 'compile'."})
+    activation_rounding: Rounding = field(default="nearest", metadata={"help": "'nearest' or 'stochastic'."})
+    activation_policy: str | dict[str, str] = field(
+        default="keep", metadata={"help": "'keep', 'rebuild', 'recompute' or {kind: policy}."}
+    )
     train_batch_norm: bool = field(
         default=False, metadata={"help": "Whether running statistics of batch norms are trained with the adapter."}
     )
@@ -94,6 +113,16 @@ class S2AConfig(PeftConfig):
     )
     batch_norm_modules: list[str] | None = field(
         default=None, metadata={"help": "Batch norms with trained statistics; filled in when the adapter is made."}
+    )
+
+    memory_budget: str | int | None = field(
+        default=None, metadata={"help": "Memory that a training step has to fit, such as '8GB'."}
+    )
+    planned_batch_size: int | None = field(
+        default=None, metadata={"help": "Images in a step, for which memory_budget is planned."}
+    )
+    memory_plan: dict[str, Any] | None = field(
+        default=None, metadata={"help": "What memory_budget led to; filled in when the adapter is made."}
     )
 
     def __post_init__(self) -> None:
@@ -115,12 +144,21 @@ class S2AConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is set without layers_to_transform: name the layers, or drop the pattern.")
         self.activation_settings()
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget)
+            size = self.planned_batch_size
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(
+                    f"memory_budget needs planned_batch_size, the number of images in a step, and not {size!r}."
+                )
         for shape in (self.block_shapes or {}).values():
             BlockShape.from_dict(shape)
 
     def activation_settings(self) -> ActivationSettings:
-        """The settings that `activation_bits` and `activation_backend` stand for."""
-        return ActivationSettings.from_config(self.activation_bits, self.activation_backend)
+        """The settings that the fields `activation_...` stand for."""
+        return ActivationSettings.from_config(
+            self.activation_bits, self.activation_backend, self.activation_policy, self.activation_rounding
+        )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Saves `adapter_config.json`, and in `README.md` how the adapter is loaded."""

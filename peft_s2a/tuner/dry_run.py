@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..memory.running import tensors_in
+from ..memory.shape_copy import meta_copy
 from .discovery import own_modules
 
 Size = int | Sequence[int] | None
@@ -70,19 +70,6 @@ def _stated_size(model: nn.Module) -> int | tuple[int, ...]:
     return 224
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model in eval mode whose tensors have shapes but no data."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-            if isinstance(tensor, nn.Parameter):
-                meta = torch.empty_like(tensor, device="meta")
-                memo[id(tensor)] = nn.Parameter(meta, requires_grad=False)
-            elif isinstance(tensor, torch.Tensor):
-                memo[id(tensor)] = torch.empty_like(tensor, device="meta")
-    return copy.deepcopy(model, memo).eval()
-
-
 def dry_run(model: nn.Module, image_size: Size, watch: Callable[[nn.Module], None]) -> set[str] | None:
     """Runs a copy of the model on an image.
 
@@ -98,7 +85,7 @@ def dry_run(model: nn.Module, image_size: Size, watch: Callable[[nn.Module], Non
         ValueError: if the model cannot be run on an image.
     """
     sizes = image_input(model, image_size)
-    probe = meta_copy(model)
+    probe = meta_copy(model).requires_grad_(False).eval()
     watch(probe)
     floating = (p.dtype for p in model.parameters() if p.dtype.is_floating_point)
     image = torch.empty(BATCH, *sizes, device="meta", dtype=next(floating, torch.float32))

@@ -24,6 +24,7 @@ from .block import attach, detach_all
 from .config import S2AConfig
 from .layer import BiasLayer, S2ALayer
 from .matching import CHILD_NAME, in_chosen_layers, is_excluded, is_own, matches_names
+from .planning import apply_budget
 from .registration import PREFIX
 from .resolve import resolve
 
@@ -71,6 +72,8 @@ class S2AModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        if not peft_config.inference_mode:
+            apply_budget(peft_config, model)
         resolve(peft_config, model)
 
     @staticmethod

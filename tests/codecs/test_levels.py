@@ -21,7 +21,21 @@ from peft_s2a.codecs.levels import (
     optimal_clusters,
     reference_density,
 )
-from peft_s2a.ops.derivatives import Elu, Gelu, Hardswish, Mish, Sigmoid, Silu, Softplus, Tanh
+from peft_s2a.ops.derivatives import (
+    Asinh,
+    Atan,
+    Elu,
+    Gelu,
+    Hardswish,
+    Logsigmoid,
+    Mish,
+    Sigmoid,
+    Silu,
+    Softplus,
+    Softsign,
+    Tanh,
+    Tanhshrink,
+)
 from peft_s2a.settings import BIT_LEVELS
 
 DERIVATIVES: list[Derivative] = [
@@ -34,6 +48,17 @@ DERIVATIVES: list[Derivative] = [
     Elu(),
     Mish(),
     Hardswish(),
+]
+
+ALL: list[Derivative] = [
+    *DERIVATIVES,
+    Silu(1.702),
+    Elu(1.6732632423543772, 1.0507009873554805),
+    Softsign(),
+    Tanhshrink(),
+    Logsigmoid(),
+    Atan(),
+    Asinh(),
 ]
 
 
@@ -113,6 +138,57 @@ def test_levels_are_no_worse_than_uniform_ones(derivative: Derivative, num_bits:
     error = error_of(derivative, num_bits, x)
     # a little is lost to the width of the cells
     assert float((weights * error.square()).sum()) <= float((weights * (uniform - exact).square()).sum()) + 3e-5
+
+
+WIDE = torch.cat([torch.linspace(-40, 40, 80_001), torch.logspace(1.7, 38, 200), -torch.logspace(1.7, 38, 200)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_bits", BIT_LEVELS)
+@pytest.mark.parametrize("derivative", ALL, ids=str)
+def test_the_error_is_bounded_everywhere(derivative: Derivative, num_bits: int, dtype: torch.dtype) -> None:
+    x = WIDE.to(dtype)
+    codec = DerivativeCodec(derivative, num_bits)
+    decoded = codec.decode(codec.encode(x), x.numel(), torch.float32).double()
+    exact = derivative(x.double().clamp(-1e6, 1e6))
+    error, inside = (decoded - exact).abs(), x.abs() <= 8
+    # beyond the cells no more than at the worst place within them, or than the derivative still has to go
+    ends = derivative(torch.tensor([-8.0, 8.0], dtype=torch.double))
+    to_go = (exact - torch.where(x < 0, ends[0], ends[1])).abs()
+    assert (error[~inside] <= error[inside].max() + to_go[~inside] + 1e-6).all()
+    assert error.max() < 1
+
+
+@pytest.mark.parametrize("num_bits", [3, 4, 6, 8])
+@pytest.mark.parametrize("derivative", ALL, ids=str)
+def test_far_outside_the_error_is_no_more_than_usual(derivative: Derivative, num_bits: int) -> None:
+    x = torch.tensor([-1e6, -100.0, -8.0, 8.0, 100.0, 1e6])
+    codec = DerivativeCodec(derivative, num_bits)
+    decoded = codec.decode(codec.encode(x), 6, torch.float32)
+    limits = derivative(torch.tensor([-1e6] * 3 + [1e6] * 3, dtype=torch.double)).float()
+    ends = derivative(torch.tensor([-8.0] * 3 + [8.0] * 3, dtype=torch.double)).float()
+    reached = (ends - limits).abs() < 0.03
+    assert reached.all() or derivative == Asinh()
+    grid, weights = reference_inputs()
+    usual = float((weights * error_of(derivative, num_bits, grid).square()).sum()) ** 0.5
+    assert ((decoded - limits)[reached].abs() <= usual + 2e-6).all()
+
+
+def test_wide_inputs_have_no_bias_where_levels_alone_had() -> None:
+    for derivative in (Silu(), Elu(), Softplus(), Mish()):
+        x = torch.tensor([-50.0, 50.0])
+        codec = DerivativeCodec(derivative, 4)
+        decoded = codec.decode(codec.encode(x), 2, torch.float32)
+        torch.testing.assert_close(decoded, torch.tensor([0.0, 1.0]), rtol=0, atol=0.005)
+
+
+def test_a_pinned_number_stands_for_its_cluster() -> None:
+    values = torch.cat([torch.linspace(0.1, 1, 50), torch.linspace(2, 3, 50)]).double()
+    labels, levels = optimal_clusters(values, torch.ones(100), 4, (0.0, 2.4))
+    assert 0.0 in levels
+    assert 2.4 in levels
+    assert levels[labels[0]] == 0.0
+    assert levels[labels[50 + 20]] == 2.4
 
 
 def test_error_falls_with_every_bit() -> None:

@@ -127,3 +127,17 @@ def test_in_place_on_a_view(leaf: Any) -> None:
 
 def test_double_backward(leaf: Any, refuses_double_backward: Any) -> None:
     refuses_double_backward(relu, leaf(4, 256))
+
+
+def test_overwriting(leaf: Any, small_chunks: None) -> None:
+    x, grad = leaf(4, 500), leaf(4, 500, needs=False)
+    hidden = x * 2
+    output = masked(hidden, torch.relu, lambda x: x > 0, overwrite=True)
+    assert output.data_ptr() == hidden.data_ptr()
+    assert torch.equal(output, torch.relu(x * 2))
+    expected = torch.autograd.grad(torch.relu(x * 2), x, grad)[0]
+    assert torch.equal(torch.autograd.grad(output, x, grad)[0], expected)
+    kept = x.exp()
+    masked(kept, torch.relu, lambda x: x > 0, overwrite=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.sum().backward()

@@ -9,9 +9,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import profile
 
+from peft_s2a.codecs.chunked import CPU_CHUNK
 from peft_s2a.codecs.levels import Derivative, DerivativeCodec, ExactDerivativeCodec
-from peft_s2a.ops.derivatives import Elu, Gelu, Hardswish, Mish, Sigmoid, Silu, Softplus, Tanh
+from peft_s2a.memory.allocator import record_memory_events
+from peft_s2a.ops.derivatives import (
+    Asinh,
+    Atan,
+    Elu,
+    Gelu,
+    Hardswish,
+    Logsigmoid,
+    Mish,
+    Sigmoid,
+    Silu,
+    Softplus,
+    Softsign,
+    Tanh,
+    Tanhshrink,
+)
 from peft_s2a.ops.pointwise import pointwise
 from peft_s2a.settings import BIT_LEVELS
 
@@ -25,6 +42,11 @@ FUNCTIONS: list[tuple[Callable[[Tensor], Tensor], Derivative]] = [
     (F.elu, Elu()),
     (F.mish, Mish()),
     (F.hardswish, Hardswish()),
+    (F.softsign, Softsign()),
+    (F.tanhshrink, Tanhshrink()),
+    (F.logsigmoid, Logsigmoid()),
+    (torch.atan, Atan()),
+    (torch.asinh, Asinh()),
 ]
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,
@@ -124,3 +146,57 @@ def test_two_forwards_and_retained_graph(leaf: Any) -> None:
     assert torch.equal(dx, again)
     torch.testing.assert_close(dx, Gelu()(x.detach()))
     torch.testing.assert_close(dy, Gelu()(y.detach()))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_overwriting(dtype: torch.dtype, layout: str, leaf: Any, small_chunks: None) -> None:
+    x, codec = leaf(4, 60, 80, dtype=dtype), DerivativeCodec(Gelu(), 4)
+    found = []
+    for overwrite in (False, True):
+        hidden = LAYOUTS[layout](x * 1)
+        output = pointwise(hidden, F.gelu, codec, overwrite=overwrite)
+        assert (output.data_ptr() == hidden.data_ptr()) == overwrite
+        assert output.stride() == hidden.stride()
+        assert output._base is None
+        found.append((output.detach().clone(), torch.autograd.grad(output.sum(), x)[0]))
+    # torch's own kernels for pieces and wholes may round differently
+    rtol = 2**-7 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=rtol, atol=1e-6)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-6, atol=1e-6)
+
+
+def test_what_autograd_has_kept_of_an_overwritten_input_is_an_error(leaf: Any) -> None:
+    x = leaf(4, 512)
+    hidden = x.exp()  # keeps its output
+    output = pointwise(hidden, F.gelu, DerivativeCodec(Gelu(), 4), overwrite=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_peak_of_an_overwriting_step(leaf: Any) -> None:
+    """Input and its gradient have one place each; beside them are codes and one piece."""
+    x, grad_of_output = leaf(64, 4096), leaf(64, 4096, needs=False)
+    codec = DerivativeCodec(Gelu(), 4)
+    codec.encode(x.detach())  # makes the table
+
+    def step() -> None:
+        output = pointwise(x * 1, F.gelu, codec, overwrite=True)
+        (output * grad_of_output).sum().backward()
+
+    live = peak = 0
+    for event in record_memory_events(step, torch.device("cpu")):
+        live += event.bytes
+        peak = max(peak, live)
+    codes = x.numel() // 2 + 2 * x.numel() // 1024
+    # at the peak: the output, its product with the gradient; later two gradients of the same size
+    assert peak <= 2 * x.nbytes + codes + 5 * 4 * CPU_CHUNK
+
+
+def test_backward_of_an_overwriting_step_copies_nothing(leaf: Any) -> None:
+    output = pointwise(leaf(64, 1024) * 1, F.gelu, DerivativeCodec(Gelu(), 4), overwrite=True)
+    with profile() as profiler:
+        (output * 3).sum().backward()
+    names = {event.name for event in profiler.events()}
+    assert not names & {"aten::clone", "CopySlices", "aten::as_strided_scatter"}
+    assert "PointwiseFunctionBackward" in names

@@ -57,12 +57,37 @@ def test_attention_of_any_number_of_dimensions(lead: tuple[int, ...], leaf: Any)
         torch.testing.assert_close(ours, theirs.view(ours.shape), rtol=0.1, atol=0.1)
 
 
-def test_attention_of_what_broadcasts_is_left_to_torch(leaf: Any) -> None:
-    handler = TABLE[F.scaled_dot_product_attention]
+@pytest.mark.parametrize(
+    ("query", "key", "mask"),
+    [
+        ((3, 4, 16, 32), (1, 4, 16, 32), None),
+        ((3, 4, 16, 32), (3, 1, 64, 32), (16, 64)),
+        ((3, 4, 16, 32), (4, 16, 32), (4, 16, 16)),
+        ((2, 3, 4, 16, 32), (2, 3, 4, 16, 32), (16, 16)),
+        ((2, 3, 4, 16, 32), (2, 3, 4, 16, 32), (2, 1, 1, 16, 16)),
+        ((2, 3, 4, 16, 32), (3, 4, 16, 32), (3, 4, 16, 16)),
+    ],
+)
+def test_attention_of_what_broadcasts(query: Any, key: Any, mask: Any, leaf: Any) -> None:
+    context = Context(ActivationSettings.from_config(8))
+    q, k, v = leaf(*query), leaf(*key), leaf(*key)
+    bias = None if mask is None else leaf(*mask, needs=False)
+    grad = leaf(*query, needs=False)
+    results = []
+    for function in (
+        lambda *args: TABLE[F.scaled_dot_product_attention](context, *args),
+        F.scaled_dot_product_attention,
+    ):
+        output = function(q, k, v, bias)
+        results.append((output.detach(), *torch.autograd.grad(output, (q, k, v), grad)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+
+
+def test_exact_attention_is_left_to_torch(leaf: Any) -> None:
     q = leaf(3, 4, 16, 32)
-    assert handler(FOUR, q, leaf(1, 4, 16, 32), q) is NotImplemented
-    assert handler(FOUR, q, leaf(3, 1, 64, 32), leaf(3, 1, 64, 32)) is NotImplemented
-    assert handler(EXACT, q, q, q) is NotImplemented
+    assert TABLE[F.scaled_dot_product_attention](EXACT, q, q, q) is NotImplemented
 
 
 def test_softmax_signatures(leaf: Any) -> None:
@@ -71,7 +96,7 @@ def test_softmax_signatures(leaf: Any) -> None:
     assert torch.equal(handler(FOUR, x, -1), torch.softmax(x, -1))
     assert torch.equal(handler(FOUR, x, 2, dtype=torch.float32), torch.softmax(x, 2, torch.float32))
     assert torch.equal(TABLE[torch.softmax](FOUR, x, -1, torch.float32), torch.softmax(x, -1, torch.float32))
-    assert handler(FOUR, x, 1) is NotImplemented
+    assert torch.equal(handler(FOUR, x, 1), torch.softmax(x, 1))
     assert handler(FOUR, x, None) is NotImplemented
 
 

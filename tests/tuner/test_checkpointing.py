@@ -93,3 +93,18 @@ def test_checkpointing_of_an_adapter_by_transformers(families, run):
     model.add_adapter(S2AConfig(modules_to_save=["classifier"]))
     model.train().gradient_checkpointing_enable({"use_reentrant": True})
     assert all(gradient is not None for gradient in gradients(model, run, family.images()).values())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_stochastic_rounding_is_the_same_when_computed_again(families, run, adapt, reentrant):
+    family = families["hf-vit"]
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = adapt(family.make(), activation_bits=4, activation_rounding="stochastic").train()
+        if checkpointing:
+            model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(1)
+        found.append(gradients(model, run, family.images(batch=8)))
+    for name, gradient in found[0].items():
+        assert torch.equal(found[1][name], gradient), name

@@ -1,0 +1,108 @@
+"""Plots of the documentation, from the JSON lines: `docs/images/*.png`.
+
+python -m benchmarks.plots                # all of them
+python -m benchmarks.plots curves pareto
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from benchmarks.results import read
+from benchmarks.summaries import CURVES, curves, method_name, pareto_records, spread
+
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
+COLORS = {"exact": "tab:blue", "4 bits": "tab:orange"}
+
+
+def plot_curves() -> None:
+    """Mean over the seeds with a band of one standard deviation, and every seed thinly; backbones down."""
+    found = {name: curves(name) for name in CURVES}
+    backbones = list(found[CURVES[0]])
+    if not backbones:
+        return
+    figure = Figure(figsize=(11, 3 * len(backbones)), layout="constrained")
+    all_axes = figure.subplots(len(backbones), len(CURVES), squeeze=False)
+    for row, backbone in zip(all_axes, backbones, strict=True):
+        for axes, name in zip(row, CURVES, strict=True):
+            for variant, epochs in found[name][backbone].items():
+                numbers = range(1, len(epochs) + 1)
+                means = [statistics.mean(values) for values in epochs]
+                noise = [spread(values) for values in epochs]
+                low = [mean - deviation for mean, deviation in zip(means, noise, strict=True)]
+                high = [mean + deviation for mean, deviation in zip(means, noise, strict=True)]
+                color = COLORS[variant]
+                axes.plot(numbers, means, color=color, label=variant, linestyle="-" if variant == "exact" else "--")
+                axes.fill_between(numbers, low, high, color=color, alpha=0.2, linewidth=0)
+                for seed in zip(*epochs, strict=False):
+                    axes.plot(range(1, len(seed) + 1), seed, color=color, linewidth=0.5, alpha=0.6)
+                axes.set_xticks(list(numbers))
+            axes.set(title=f"{backbone}, {name.replace('_', ' ')}", xlabel="epoch")
+            axes.title.set_fontsize(9)
+            axes.legend()
+    figure.savefig(IMAGES / "curves.png", dpi=110)
+
+
+def plot_pareto() -> None:
+    """Step time against peak, one picture a model and dtype."""
+    for model, dtype in sorted({(record["model"], record["dtype"]) for record in read("pareto_time")}):
+        points = [
+            (method_name(record), record["peak_mb_per_image"], record["ratio"], record["method"] == "s2a")
+            for record in pareto_records(model, dtype).values()
+            if "ratio" in record and "peak_mb_per_image" in record
+        ]
+        if not points:
+            continue
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots()
+        for own, color in ((False, "tab:gray"), (True, "tab:red")):
+            chosen = [point for point in points if point[3] == own]
+            label = "S2A" if own else "others"
+            axes.scatter([p[1] for p in chosen], [p[2] for p in chosen], color=color, zorder=3, label=label)
+        # labels to the right, moved down in turn where neighbours are close
+        taken: list[tuple[float, float]] = []
+        top = max(p[2] for p in points)
+        step = 0.03 * max(top - min(p[2] for p in points), 0.2)
+        for title, peak, ratio, _ in sorted(points, key=lambda p: (-p[2], p[1])):
+            height = ratio
+            while any(abs(height - other) < step * 1.3 and 0.4 < peak / x < 2.5 for x, other in taken):
+                height -= step
+            taken.append((peak, height))
+            axes.annotate(
+                title,
+                (peak, ratio),
+                (peak * 1.04, height),
+                fontsize=8,
+                va="center",
+                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "gray"} if height != ratio else None,
+            )
+        axes.set_xscale("log")
+        axes.set_xlim(min(p[1] for p in points) / 1.2, max(p[1] for p in points) * 2)
+        axes.set(
+            xlabel="peak above the loaded model, MB per image",
+            ylabel="step time / bias tuning in stock torch",
+            title=f"{model}, {dtype}, batch of 8: lower left is better",
+        )
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(loc="upper center")
+        figure.savefig(IMAGES / f"pareto-{model}-{dtype}.png", dpi=110)
+
+
+PLOTS = {"curves": plot_curves, "pareto": plot_pareto}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(PLOTS), help=", ".join(PLOTS))
+    IMAGES.mkdir(exist_ok=True)
+    for name in parser.parse_args().names:
+        PLOTS[name]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Tables of the results page, from the JSON lines."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from itertools import pairwise
+from typing import Any
+
+from benchmarks.markdown import markdown_table
+from benchmarks.results import Record, read
+
+CURVES = ("train_loss", "test_loss", "test_accuracy")
+TITLES = {
+    "full": "full fine-tuning",
+    "lora_qv": "LoRA q, v",
+    "bias_only": "bias only, stock torch",
+    "lora_checkpointing": "LoRA + checkpointing",
+}
+"""Names of the methods other than S2A."""
+
+GRADIENT_MODEL = "dinov2-small-saliency"
+
+
+def method_name(record: Record) -> str:
+    """What a method is called in a table or a plot."""
+    title: str = record["title"]
+    return TITLES.get(title, title)
+
+
+def spread(values: list[float]) -> float:
+    """Standard deviation between seeds; 0 for a single one."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def curves(name: str) -> dict[str, dict[str, list[list[float]]]]:
+    """`{backbone: {variant: one list an epoch of the values of all seeds}}` for one of `CURVES`."""
+    found: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for record in read("curves"):
+        found[record["backbone"]][record["variant"]][record["epoch"]].append(record[name])
+    return {
+        backbone: {variant: [epochs[n] for n in sorted(epochs)] for variant, epochs in variants.items()}
+        for backbone, variants in found.items()
+    }
+
+
+def comparison(name: str, backbone: str) -> dict[str, float]:
+    """How far the mean curve at 4 bits is from the exact one.
+
+    Returns:
+        `"exact"`, `"4 bits"`: means over the seeds after the last epoch; `"spread"`: standard deviation between seeds
+        there, the larger one of both; `"epochs"` and `"within"`: number of epochs, and of those in which the means
+        differ by no more than the spread; `"ratio"`: the largest ratio of difference to spread of all epochs.
+    """
+    variants = curves(name)[backbone]
+    ratios = []
+    for four, exact in zip(variants["4 bits"], variants["exact"], strict=True):
+        noise = max(spread(four), spread(exact))
+        ratios.append(abs(statistics.mean(four) - statistics.mean(exact)) / max(noise, 1e-9))
+    last = {variant: epochs[-1] for variant, epochs in variants.items()}
+    return {
+        "exact": statistics.mean(last["exact"]),
+        "4 bits": statistics.mean(last["4 bits"]),
+        "spread": max(spread(values) for values in last.values()),
+        "epochs": len(ratios),
+        "within": sum(ratio <= 1 for ratio in ratios),
+        "ratio": max(ratios),
+    }
+
+
+def curves_table() -> str:
+    """Mean of loss and accuracy after the last epoch, and whether the curves lie within the spread between seeds."""
+    rows = []
+    for name in CURVES:
+        for backbone in curves(name):
+            found = comparison(name, backbone)
+            numbers = [f"{found[key]:.3f}" for key in ("exact", "4 bits", "spread")]
+            within = f"{found['within']} of {found['epochs']}"
+            rows.append([f"{backbone}, {name.replace('_', ' ')}", *numbers, within, f"{found['ratio']:.2f}"])
+    header = [
+        "after the last epoch",
+        "exact",
+        "4 bits",
+        "spread of seeds",
+        "epochs within",
+        "largest difference / spread",
+    ]
+    return markdown_table(header, sorted(rows))
+
+
+def layouts_table(model: str) -> str:
+    """Error of the gradient and bits kept for each layout of one model; the least error at 4 bits first.
+
+    Errors are means over the batches of images; a mean over several of them has a star.
+    """
+    cells: dict[str, dict[int, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
+    for record in read("attention_layouts"):
+        if record["model"] == model:
+            cells[record["layout"]][record["bits"]][record["seed"]] = record
+    levels = sorted({bits for found in cells.values() for bits in found}, reverse=True)
+    rows = []
+    for layout, found in cells.items():
+        extra = next(record["kept_bits"] - bits for bits, seeds in found.items() for record in seeds.values())
+        errors = {bits: statistics.mean(r["error"] for r in seeds.values()) for bits, seeds in found.items()}
+        shown = [f"{errors[bits]:.4f}{'*' * (len(found[bits]) > 1)}" if bits in errors else "–" for bits in levels]
+        rows.append((errors.get(levels[0], float("inf")), [layout, f"b + {extra:.2f}", *shown]))
+    header = ["layout", "bits kept", *[f"b = {bits}" for bits in levels]]
+    return markdown_table(header, [row for _, row in sorted(rows)])
+
+
+def gradient_errors() -> dict[str, float]:
+    """`{configuration as JSON: error of the adapter's gradient}` on real weights and images, the newest of each."""
+    found = {}
+    for record in read("gradient_error"):
+        if record["model"] == GRADIENT_MODEL and "config" in record:
+            found[json.dumps(record["config"], sort_keys=True)] = record["error"]
+    return found
+
+
+def pareto_records(model: str, dtype: str, batch: int = 8) -> dict[str, Record]:
+    """Memory and time of every method of one model, joined by title; the newest of each counts."""
+    joined: dict[str, Record] = {}
+    for part in ("memory", "time"):
+        for record in read(f"pareto_{part}"):
+            if (record["model"], record["dtype"], record["batch"]) == (model, dtype, batch):
+                joined.setdefault(record["title"], {}).update(record)
+    return joined
+
+
+def pareto_table(model: str, dtype: str) -> str:
+    """One row a method: kept, peak, time, error of the gradient."""
+    errors = gradient_errors()
+    rows = []
+    for record in pareto_records(model, dtype).values():
+        error: Any = None
+        if record["method"] == "s2a":
+            error = errors.get(json.dumps(record["config"], sort_keys=True))
+        exact = record["method"] != "s2a"
+        rows.append(
+            [
+                method_name(record),
+                *(f"{record[key]:.1f}" if key in record else "–" for key in ("kept_mb_per_image", "peak_mb_per_image")),
+                f"{record['ratio']:.2f}" if "ratio" in record else "–",
+                "exact" if exact else "–" if error is None else f"{error:.3f}",
+            ]
+        )
+    header = [f"{model}, {dtype}", "kept, MB/image", "peak, MB/image", "step time", "gradient error"]
+    return markdown_table(header, rows)
+
+
+def whole_job_table(model: str = "vit_b16", batch: int = 24) -> str:
+    """Peak of the whole job, dtypes across; in brackets a real run's."""
+    cells: dict[str, dict[str, Record]] = defaultdict(dict)
+    for record in read("whole_job"):
+        if record["model"] == model and record["batch"] == batch:
+            known = cells[method_name(record)].get(record["dtype"])
+            if known and record["real_peak_mb"] is None and record["peak_mb"] == known["peak_mb"]:
+                continue
+            cells[method_name(record)][record["dtype"]] = record
+    dtypes = ("float32", "bfloat16")
+
+    def cell(record: Record | None) -> str:
+        if record is None:
+            return "–"
+        real = record["real_peak_mb"]
+        return f"{record['peak_mb']:.0f}" + ("" if real is None else f" ({real:.0f})")
+
+    rows = [[title, *[cell(found.get(dtype)) for dtype in dtypes]] for title, found in cells.items()]
+    return markdown_table([f"MB, {model}, batch of {batch}", *dtypes], rows)
+
+
+def linear_table() -> str:
+    """Peaks over the batch and the slopes between them."""
+    newest = {(record["model"], record["title"]): record for record in read("linear")}
+    rows = []
+    header: list[str] = []
+    for (model, title), record in newest.items():
+        batches = record["batches"]
+        header = [f"peak at {size}, MB" for size in batches]
+        header += [f"{low} to {high}, MB/image" for low, high in pairwise(batches)]
+        slopes = [f"{slope:.2f}" for slope in record["slopes_mb_per_image"]]
+        rows.append([f"{model}, {title}", *[f"{peak:.0f}" for peak in record["peak_mb"]], *slopes])
+    return markdown_table(["S2A", *header], rows)
+
+
+def leak_table() -> str:
+    """What is live after few and after many steps."""
+    newest = {record["title"]: record for record in read("leak")}
+    rows = []
+    for title, record in newest.items():
+        pairs = [f"{before} / {after}" for before, after in (record["tensors"], record["bytes"])]
+        rows.append([title, *pairs, str(record["allocator_growth_in_last_steps"])])
+    return markdown_table(["S2A", "tensors after 10 / 200 steps", "bytes", "growth in the last 5 steps, bytes"], rows)
+
+
+def gradient_error_table(model: str) -> str:
+    """The newest error of each setting of one model."""
+    newest: dict[tuple[str, str], Record] = {}
+    for record in read("gradient_error"):
+        if record["model"] == model:
+            fields = dict(record.get("config", {}))
+            bits = fields.pop("activation_bits", record["bits"])
+            fields.pop("activation_policy", None)
+            shown = f"{bits} bits" if isinstance(bits, int) else "4 bits"
+            extra = "".join(f", {name} {value}" for name, value in fields.items())
+            newest[record["coded"], shown + extra] = record
+    rows = [[coded, shown, f"{record['error']:.4f}"] for (coded, shown), record in newest.items()]
+    return markdown_table([model, "codes", "error"], rows)

@@ -1,0 +1,174 @@
+"""Runs a block a few items of the batch at a time, and, where that is asked for, once more in backward.
+
+What a block needs for itself (the wide layer of an MLP, queries, keys and values, gradients of all of them) is then
+there for a few items only. Blocks of a network treat the items of a batch alike; whether this one does is tried out on
+its first two items, and a block that mixes items, or that somebody watches from inside, runs on the whole batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from .interception import ActivationInterceptor
+from .ops.recompute import recompute
+from .structure.bias import shared_sums
+
+PIECE = {"cpu": 1 << 18}
+DEVICE_PIECE = 1 << 22
+"""Elements of a block's input that are worth a call of their own: enough for caches, and to hide launches."""
+
+SIMULATED_PIECES = 2
+
+MixesItems = Callable[[nn.Module], bool]
+
+_PACKAGE = __name__.partition(".")[0]
+
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+class BlockForward:
+    """Takes the place of a block's `forward`.
+
+    Args:
+        block: the block; it keeps its class and attributes.
+        interceptor: tells which adapter is active, and with what settings.
+        mixes_items: tells that a block takes statistics of the batch.
+    """
+
+    def __init__(self, block: nn.Module, interceptor: ActivationInterceptor, mixes_items: MixesItems) -> None:
+        self.block = block
+        self.interceptor = interceptor
+        self.mixes_items = mixes_items
+        self.replaced: Callable[..., Any] | None = vars(block).get("forward")
+        self.treats_items_alike: bool | None = None
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._forward)
+
+    @property
+    def _forward(self) -> Callable[..., Any]:
+        """The forward that was there before."""
+        return self.replaced or type(self.block).forward.__get__(self.block)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mode = self.interceptor.active_mode
+        if mode is None or not self.block.training or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return self._forward(*args, **kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        x = next((t for t in leaves if isinstance(t, Tensor)), None)
+        if x is None or x.dim() < 2 or not all(isinstance(t, (Tensor, *_PLAIN)) for t in leaves):
+            return self._forward(*args, **kwargs)  # a cache, say: it must see every call once
+        settings = mode.context.settings
+        again = settings.recompute_blocks and self._needs_grad(leaves)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not again:
+                return self._forward(*args, **kwargs)
+            x = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+            bits = settings.bits.get("block")
+            return recompute(self._in_mode, self.block, args, kwargs, x, bits, settings.rounding)
+
+        size = self._items_per_piece(x, leaves, 2 if again else 1)  # two graphs of a piece are live then
+        if size >= len(x) or not self._can_split(x, leaves, spec):
+            return run(*args, **kwargs)
+        results = []
+        with shared_sums():
+            for piece in x.split(size):
+                args, kwargs = tree_unflatten([piece if t is x else t for t in leaves], spec)
+                results.append(run(*args, **kwargs))
+        return tree_map(_joined, *results)
+
+    def _in_mode(self, *args: Any, **kwargs: Any) -> Any:
+        entered = self.interceptor.enter(forward_only=True)
+        try:
+            with shared_sums(False):
+                return self._forward(*args, **kwargs)
+        finally:
+            self.interceptor.leave(entered)
+
+    def _needs_grad(self, leaves: list[Any]) -> bool:
+        tensors = [t for t in leaves if isinstance(t, Tensor)]
+        return any(t.requires_grad for t in (*tensors, *self.block.parameters()))
+
+    @staticmethod
+    def _items_per_piece(x: Tensor, leaves: list[Any], parts: int) -> int:
+        if len(x) < 2 or any(isinstance(t, Tensor) and t is not x and t.dim() and t.shape[0] != 1 for t in leaves):
+            return len(x)  # which of the others belong to the items is not known
+        size = PIECE.get(x.device.type, DEVICE_PIECE) // parts
+        items = max(1, -(-size * len(x) // max(x.numel(), 1)))
+        # a simulation is spared most of the pieces; a little too much is then in each
+        return max(items, -(-len(x) // SIMULATED_PIECES)) if isinstance(x, FakeTensor) else items
+
+    def _can_split(self, x: Tensor, leaves: list[Any], spec: Any) -> bool:
+        if self.mixes_items(self.block) or any(map(_is_watched, self.block.modules())):
+            return False
+        if self.treats_items_alike is None:
+            if isinstance(x, FakeTensor) or x.is_meta:
+                return True
+            self.treats_items_alike = self._try_two_items(x, leaves, spec)
+        return self.treats_items_alike
+
+    @torch.no_grad()
+    def _try_two_items(self, x: Tensor, leaves: list[Any], spec: Any) -> bool:
+        """Whether two items give together what they give one by one, without dropout."""
+
+        def output_of(items: Tensor) -> tuple[list[Any], Any]:
+            args, kwargs = tree_unflatten([items if t is x else t for t in leaves], spec)
+            return tree_flatten(self._forward(*args, **kwargs))
+
+        training = [module for module in self.block.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False
+            (both, shape), (first, one), (second, two) = output_of(x[:2]), output_of(x[:1]), output_of(x[1:2])
+        finally:
+            for module in training:
+                module.training = True
+        return shape == one == two and all(map(_agree, both, first, second))
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether the module has hooks of others, which expect a call for each batch."""
+    if isinstance(vars(module).get("forward"), BlockForward):
+        return False  # hooks on the block itself run outside
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any((getattr(hook, "__module__", None) or "").partition(".")[0] != _PACKAGE for hook in hooks)
+
+
+def _joined(first: Any, *others: Any) -> Any:
+    return torch.cat([first, *others]) if isinstance(first, Tensor) else first
+
+
+def _agree(both: Any, first: Any, second: Any) -> bool:
+    if not isinstance(both, Tensor):
+        return type(both) is type(first) is type(second) and isinstance(both, _PLAIN)
+    if not both.dim() or first.shape != second.shape or both.shape != (2 * first.shape[0], *first.shape[1:]):
+        return False
+    expected = torch.cat([first, second])
+    if not both.is_floating_point():
+        return torch.equal(both, expected)
+    error, scale = (both - expected).float().norm(), both.float().norm()
+    return bool(error <= max(1e-4, 4 * torch.finfo(both.dtype).eps) * scale)
+
+
+def install(block: nn.Module, interceptor: ActivationInterceptor, mixes_items: MixesItems) -> None:
+    """Puts a `BlockForward` in the place of the block's `forward`; a second call does nothing."""
+    if not isinstance(vars(block).get("forward"), BlockForward):
+        block.forward = BlockForward(block, interceptor, mixes_items)
+
+
+def remove(block: nn.Module) -> None:
+    """Undoes `install`."""
+    forward = vars(block).get("forward")
+    if isinstance(forward, BlockForward):
+        del block.forward
+        if forward.replaced is not None:
+            block.forward = forward.replaced
