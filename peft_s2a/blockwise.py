@@ -18,13 +18,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from .interception import ActivationInterceptor
 from .ops.recompute import recompute
+from .pieces import shortening_mode
 from .structure.bias import shared_sums
 
 PIECE = {"cpu": 1 << 18}
 DEVICE_PIECE = 1 << 22
 """Elements of a block's input that are worth a call of their own: enough for caches, and to hide launches."""
-
-SIMULATED_PIECES = 2
 
 MixesItems = Callable[[nn.Module], bool]
 
@@ -79,12 +78,16 @@ class BlockForward:
         size = self._items_per_piece(x, leaves, 2 if again else 1)  # two graphs of a piece are live then
         if size >= len(x) or not self._can_split(x, leaves, spec):
             return run(*args, **kwargs)
-        results = []
+
+        def run_piece(piece: Tensor) -> Any:
+            args, kwargs = tree_unflatten([piece if t is x else t for t in leaves], spec)
+            return run(*args, **kwargs)
+
         with shared_sums():
-            for piece in x.split(size):
-                args, kwargs = tree_unflatten([piece if t is x else t for t in leaves], spec)
-                results.append(run(*args, **kwargs))
-        return tree_map(_joined, *results)
+            simulation = shortening_mode()
+            if simulation is not None:
+                return simulation.all_at_once(run_piece, x, size)
+            return tree_map(_joined, *map(run_piece, x.split(size)))
 
     def _in_mode(self, *args: Any, **kwargs: Any) -> Any:
         entered = self.interceptor.enter(forward_only=True)
@@ -103,16 +106,14 @@ class BlockForward:
         if len(x) < 2 or any(isinstance(t, Tensor) and t is not x and t.dim() and t.shape[0] != 1 for t in leaves):
             return len(x)  # which of the others belong to the items is not known
         size = PIECE.get(x.device.type, DEVICE_PIECE) // parts
-        items = max(1, -(-size * len(x) // max(x.numel(), 1)))
-        # a simulation is spared most of the pieces; a little too much is then in each
-        return max(items, -(-len(x) // SIMULATED_PIECES)) if isinstance(x, FakeTensor) else items
+        return max(1, -(-size * len(x) // max(x.numel(), 1)))
 
     def _can_split(self, x: Tensor, leaves: list[Any], spec: Any) -> bool:
         if self.mixes_items(self.block) or any(map(_is_watched, self.block.modules())):
             return False
         if self.treats_items_alike is None:
             if isinstance(x, FakeTensor) or x.is_meta:
-                return True
+                return shortening_mode() is not None  # there is nothing to try with
             self.treats_items_alike = self._try_two_items(x, leaves, spec)
         return self.treats_items_alike
 

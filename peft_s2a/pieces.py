@@ -1,21 +1,35 @@
-"""Loops over the pieces of a tensor, and how a simulation shortens them."""
+"""Work on the pieces of a tensor, and how a simulation is spared most of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 Bounds = Iterator[tuple[int, int]]
 
 
 class ShortensLoops(TorchDispatchMode):
-    """A mode that runs a loop over many pieces as a loop over few, and accounts for the rest itself."""
+    """A mode that runs what is done piece by piece all at once, and accounts for the difference itself."""
 
     def shortened(self, total: int, step: int) -> Bounds:
         """Bounds that cover `[0, total)`, every start a multiple of `step`."""
         raise NotImplementedError
+
+    def all_at_once(self, run: Callable[[Tensor], Any], x: Tensor, size: int) -> Any:
+        """`run(x)` in place of runs on pieces of `size` items each, whose outputs are joined."""
+        raise NotImplementedError
+
+
+def shortening_mode() -> ShortensLoops | None:
+    """The mode that shortens loops here, if any."""
+    if torch.compiler.is_compiling():
+        return None
+    stack = _get_current_dispatch_mode_stack()
+    return next((mode for mode in stack if isinstance(mode, ShortensLoops)), None)
 
 
 def piece_bounds(total: int, step: int) -> Bounds:
@@ -24,10 +38,9 @@ def piece_bounds(total: int, step: int) -> Bounds:
     Inside a `ShortensLoops` mode the pieces are the mode's; otherwise they are the same wherever this runs.
     """
     step = max(step, 1)
-    if not torch.compiler.is_compiling():
-        for mode in _get_current_dispatch_mode_stack():
-            if isinstance(mode, ShortensLoops):
-                yield from mode.shortened(total, step)
-                return
+    mode = shortening_mode()
+    if mode is not None:
+        yield from mode.shortened(total, step)
+        return
     for start in range(0, total, step):
         yield start, min(start + step, total)

@@ -11,6 +11,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -155,9 +156,7 @@ def _simulate(model: nn.Module, batch: Batch, optimizer: MakeOptimizer | None) -
     def fake(tensor: Tensor) -> Tensor:
         return empty_as(tensor, "cpu" if tensor.device.type == "meta" else tensor.device)
 
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fake_mode.cache_enabled = False  # its keys hold the storages that `Tensor.set_` was given
-    modes = fake_mode, torch.random.fork_rng(devices=[]), torch.enable_grad()
+    modes = FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]), torch.enable_grad()
     with _no_garbage_collection(), modes[0], modes[1], modes[2]:
         model = copy_with_tensors(model, fake).train()
         batch = _mapped(fake, batch)
@@ -166,13 +165,15 @@ def _simulate(model: nn.Module, batch: Batch, optimizer: MakeOptimizer | None) -
         given = tensors_in(batch)
         with tracked_module_path(model) as path:
             tracker = StorageTracker(path)
-            tracker.ignore([*loaded, *given])
+            tracker.ignore(loaded, weights=True)
+            tracker.ignore(given, weights=False)
             with tracker:
                 output = call_model(model, batch)
                 loss = training_loss(output)
                 forward_end = len(tracker.events)
                 tracker.phase = "backward"
                 loss.backward()
+                tracker.close_section()
                 del output, loss
                 backward_end = len(tracker.events)
                 gradients = [p.grad for p in parameters if p.grad is not None]
@@ -218,16 +219,18 @@ def _optimizer_step(
 def _result(
     tracker: StorageTracker, forward_end: int, backward_end: int, owners: dict[int, str], weights: int, batch: int
 ) -> SimulatedStep:
-    live = tracker.live_bytes()
-    events = tracker.events[:backward_end]
+    forward, backward = tracker.changes(0, forward_end), tracker.changes(forward_end, backward_end)
+    update = tracker.changes(backward_end, len(tracker.events))
+    step, changes = [*forward, *backward], [*forward, *backward, *update]
+    live = list(accumulate(size for _, size in changes))
 
     def peak_in(start: int, stop: int) -> tuple[int, int]:
         return max(((live[i], i) for i in range(start, stop)), key=lambda item: item[0], default=(0, -1))
 
-    step_peak, place = peak_in(0, backward_end)
+    step_peak, place = peak_in(0, len(step))
     state = sum(s.bytes for s, sign in tracker.events if sign > 0 and owners.get(id(s)) == "optimizer")
     # the state is made in the first step, and there before the following ones
-    optimizer_peak, optimizer_place = peak_in(backward_end, len(live))
+    optimizer_peak, optimizer_place = peak_in(len(step), len(live))
     optimizer_peak = max(optimizer_peak - state, 0)
     if optimizer_peak > step_peak:
         place = optimizer_place
@@ -238,22 +241,21 @@ def _result(
         lasting = storage.born < forward_end and (storage.died is None or storage.died >= forward_end)
         return "kept" if lasting else "temporary"
 
-    at_peak = [
-        Allocation(s.bytes, s.operator, s.module, s.phase, kind(s))
-        for s, sign in tracker.events[: place + 1]
-        if sign > 0 and (s.died is None or s.died > place)
-    ]
+    sizes: dict[Storage, int] = {}
+    for storage, size in changes[: place + 1]:
+        sizes[storage] = sizes.get(storage, 0) + size
+    at_peak = [Allocation(size, s.operator, s.module, s.phase, kind(s)) for s, size in sizes.items() if size]
     return SimulatedStep(
         weights=weights,
         batch=batch,
         gradients=sum(s.bytes for s, sign in tracker.events if sign > 0 and owners.get(id(s)) == "gradient"),
         optimizer=state,
-        kept=live[forward_end - 1] if forward_end else 0,
+        kept=sum(size for _, size in forward),
         temporaries=sum(a.bytes for a in at_peak if a.kind == "temporary"),
         step_peak=step_peak,
         optimizer_peak=optimizer_peak,
         flops=tracker.flops,
         live_at_peak=tuple(sorted(at_peak, key=lambda a: -a.bytes)),
-        live_bytes=tuple(live[:backward_end]),
-        fingerprint=hash(tuple((s.operator, s.born) if sign > 0 else (None, s.born) for s, sign in events)),
+        live_bytes=tuple(live[: len(step)]),
+        fingerprint=hash(tuple((s.operator if size > 0 else None, s.born) for s, size in step)),
     )

@@ -1,24 +1,35 @@
-"""Follows storages from the operator that makes them to their end."""
+"""Follows storages from the operator that makes them to their end.
+
+Work that is done in pieces is followed once, on all of it, and counted as what it is: see `Section` and `shortened`.
+"""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map
 
 from ..pieces import Bounds, ShortensLoops
 from .kernels import kernel_flops, kernel_peak
 
+Change = tuple["Storage", int]
+"""Bytes of a storage that become live, or (negative) are freed."""
+
 
 @dataclass(eq=False)
 class Storage:
-    """One storage: its size, what made it, and the numbers of the events of its birth and death."""
+    """One storage: its size, what made it, and the numbers of the events of its birth and death.
+
+    Attributes:
+        of_weights: whether it was made of weights alone, so that its size does not depend on the batch.
+        parts: it is a temporary of a loop over this many parts, each of which has one of its own.
+    """
 
     bytes: int
     operator: str
@@ -26,6 +37,44 @@ class Storage:
     phase: str
     born: int
     died: int | None = None
+    of_weights: bool = False
+    parts: int = 1
+
+
+@dataclass(eq=False)
+class Section:
+    """Events `[first, last)` of work that was done at once and stands for pieces, each a `share` of it.
+
+    Where the pieces are alike, what is live grows or shrinks by the same with each, so the most is live during the
+    first or during the last: these two are counted.
+    """
+
+    share: float
+    first: int
+    last: int = -1
+
+    def changes(self, events: list[tuple[Storage, int]]) -> list[Change]:
+        """What the pieces make and free, one after another."""
+        inside = events[self.first : self.last]
+
+        def amounts(storage: Storage) -> tuple[int, int, int]:
+            """Bytes in the first piece, in all between, and in the last."""
+            temporary = storage.born >= self.first and storage.died is not None and storage.died < self.last
+            if storage.of_weights:
+                return (storage.bytes, 0, storage.bytes) if temporary else (storage.bytes, 0, 0)
+            if temporary:
+                piece = int(storage.bytes / max(storage.parts, 1 / self.share))
+                return piece, 0, piece
+            first, last = int(storage.bytes * self.share), int(storage.bytes * min(self.share, 1 - self.share))
+            return first, storage.bytes - first - last, last
+
+        changes = [(storage, sign, amounts(storage)) for storage, sign in inside]
+        between = [(storage, sign * sizes[1]) for storage, sign, sizes in changes if sizes[1]]
+        return [
+            *((storage, sign * sizes[0]) for storage, sign, sizes in changes),
+            *sorted(between, key=lambda change: change[1] > 0),
+            *((storage, sign * sizes[2]) for storage, sign, sizes in changes),
+        ]
 
 
 @dataclass(eq=False)
@@ -34,6 +83,7 @@ class StorageTracker(ShortensLoops):
 
     Attributes:
         events: storages in the order in which they were made and freed, with +1 or -1.
+        sections: what of them stands for pieces.
         flops: FLOPs so far.
     """
 
@@ -41,22 +91,29 @@ class StorageTracker(ShortensLoops):
     phase: str = "forward"
     flops: int = 0
     events: list[tuple[Storage, int]] = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
     _known: dict[int, Any] = field(default_factory=dict)
+    _open: Section | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
 
-    def ignore(self, tensors: list[Tensor]) -> None:
-        """Leaves out storages that were there before."""
+    def ignore(self, tensors: list[Tensor], *, weights: bool) -> None:
+        """Leaves out storages that were there before: of weights or of the batch."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key = storage._cdata
-            self._known[key] = weakref.ref(storage, lambda _, key=key: self._known.pop(key, None))  # type: ignore[misc]
+            reference = weakref.ref(storage, lambda _, key=key: self._known.pop(key, None))  # type: ignore[misc]
+            self._known[key] = reference, weights
 
     def storage_of(self, tensor: Tensor) -> Storage | None:
         """The storage under a tensor, if it was made in here."""
-        entry = self._known.get(tensor.untyped_storage()._cdata)
-        return entry[1] if isinstance(entry, tuple) else None
+        known = self._known.get(tensor.untyped_storage()._cdata, (None, None))[1]
+        return known if isinstance(known, Storage) else None
+
+    def _is_of_weights(self, tensor: Tensor) -> bool:
+        known = self._known.get(tensor.untyped_storage()._cdata, (None, False))[1]
+        return known.of_weights if isinstance(known, Storage) else known
 
     def _record(self, operator: str, size: int) -> Storage:
         storage = Storage(size, operator, self.module_path(), self.phase, len(self.events))
@@ -67,12 +124,13 @@ class StorageTracker(ShortensLoops):
         storage.died = len(self.events)
         self.events.append((storage, -1))
 
-    def _follow(self, tensor: Tensor, operator: str) -> None:
+    def _follow(self, tensor: Tensor, operator: str, of_weights: bool) -> None:
         memory = tensor.untyped_storage()
         key = memory._cdata
         if key in self._known:
             return
         storage = self._record(operator, memory.nbytes())
+        storage.of_weights = of_weights
 
         def gone(_: Any) -> None:
             del self._known[key]
@@ -85,7 +143,7 @@ class StorageTracker(ShortensLoops):
     ) -> Any:
         if func is torch.ops.prim.device.default:  # asked often, and answered without a dispatch
             return args[0].fake_device
-        out = func(*args, **(kwargs or {}))
+        out = _run(func, args, kwargs or {})
         leaves = [out] if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ()
         made = [tensor for tensor in leaves if isinstance(tensor, FakeTensor)]  # a table of constants may be real
         if not made:
@@ -95,16 +153,19 @@ class StorageTracker(ShortensLoops):
         name = func._schema.name
         if inside > 0:
             scratch = self._record(f"{name} (inside)", inside)
+        read = [arg for arg in args if isinstance(arg, FakeTensor)]
+        of_weights = bool(read) and all(map(self._is_of_weights, read))
         for tensor in made:
-            self._follow(tensor, name)
+            self._follow(tensor, name, of_weights)
         if inside > 0:
             self._free(scratch)
         return out
 
     def shortened(self, total: int, step: int) -> Bounds:
-        """All pieces but the last as one; what that makes and frees again counts as one piece of it."""
+        """All parts but the last as one; what that makes and frees again counts as one part of it."""
+        alone = total * (self._open.share if self._open else 1) <= step
         many = -(-total // step) - 1
-        if many < 1:
+        if alone or many < 1:
             yield from [(0, total)] if total else []
             return
         first = len(self.events)
@@ -112,9 +173,75 @@ class StorageTracker(ShortensLoops):
         last = len(self.events)
         yield many * step, total
         for storage, sign in self.events[first:last]:
-            if sign > 0 and storage.died is not None:  # what the loop's variables held is overwritten by the last piece
-                storage.bytes //= many
+            if sign > 0 and storage.died is not None:  # what the loop's variables held is overwritten by the last part
+                storage.parts = max(storage.parts, many)
 
-    def live_bytes(self) -> list[int]:
-        """Live bytes after each event."""
-        return list(accumulate(sign * storage.bytes for storage, sign in self.events))
+    def all_at_once(self, run: Callable[[Tensor], Any], x: Tensor, size: int) -> Any:
+        """Runs on all items, in one section of forward and one of backward, and joins outputs and gradients."""
+        if self._open:
+            return run(x)  # the piece of a piece
+        share = size / len(x)
+        x = _Passage.apply(x, self.close_section, True)
+        self.open_section(share)
+        result = run(x)
+        self.close_section()
+
+        def joined(piece: Any) -> Any:
+            if not isinstance(piece, Tensor):
+                return piece
+            return _Passage.apply(torch.cat([piece]), lambda: self.open_section(share), False)
+
+        return tree_map(joined, result)
+
+    def open_section(self, share: float) -> None:
+        if self._open and self._open.first == len(self.events):
+            return  # another output of the same
+        self.close_section()
+        self._open = Section(share, len(self.events))
+
+    def close_section(self) -> None:
+        """Ends the section that is open, if any."""
+        if self._open:
+            self._open.last = len(self.events)
+            self.sections.append(self._open)
+            self._open = None
+
+    def changes(self, first: int, last: int) -> list[Change]:
+        """Changes of what is live in events `[first, last)`, in order; those of pieces as they would follow."""
+
+        def plain(start: int, stop: int) -> list[Change]:
+            return [(storage, sign * (storage.bytes // storage.parts)) for storage, sign in self.events[start:stop]]
+
+        changes = []
+        for section in self.sections:
+            if first <= section.first and section.last <= last:
+                changes += plain(first, section.first) + section.changes(self.events)
+                first = section.last
+        return changes + plain(first, last)
+
+
+class _Passage(torch.autograd.Function):
+    """Passes a tensor on, and tells when its gradient comes by."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, passed: Callable[[], None], joins: bool) -> Tensor:
+        ctx.passed, ctx.joins = passed, joins
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        ctx.passed()
+        return grads[0].clone() if ctx.joins else grads[0], None, None
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs an operator on fake tensors."""
+    if func.overloadpacket is not torch.ops.aten.set_:
+        return func(*args, **kwargs)
+    # what fake tensors remember of earlier calls would keep the storage that is given here
+    mode = args[0].fake_mode
+    mode.cache_enabled = False
+    try:
+        return func(*args, **kwargs)
+    finally:
+        mode.cache_enabled = True

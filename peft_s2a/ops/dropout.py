@@ -44,7 +44,7 @@ class DropoutFunction(torch.autograd.Function):
         for start, stop in chunk_bounds(grad.numel(), grad.device, _UNIT):
             mask = decode_mask(packed[start // _UNIT : -(-stop // _UNIT)], stop - start)
             torch.mul(grad[start:stop], mask * factor, out=grad_input[start:stop])
-        return grad_input.view(grad_output.shape), None
+        return grad_output if in_place else grad_input.view(grad_output.shape), None
 
 
 def dropout(input: Tensor, p: float) -> Tensor:

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from ..codecs.base import Kept
 from ..codecs.chunked import chunk_bounds, collect_chunks
 from ..codecs.mask import decode_mask, encode_mask
-from .memory_order import flatten, memory_permutation, same_memory, unflatten
+from .memory_order import flatten, memory_permutation, same_memory, shares_memory, unflatten
 from .ownership import owned
 
 _UNIT = 1024
@@ -72,6 +72,8 @@ class MaskedFunction(torch.autograd.Function):
             inside = piece if slope == 1 else piece * slope
             outside = piece.new_zeros(()) if other_slope == 0 else piece * other_slope
             torch.where(mask, inside, outside, out=grad_input[start:stop])
+        if in_place and shares_memory(grad, grad_output):
+            return grad_output, None, None, None, None, None
         return unflatten(grad_input, grad_output.shape, ctx.permutation), None, None, None, None, None
 
 

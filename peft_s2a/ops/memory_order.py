@@ -30,8 +30,14 @@ def flatten(x: Tensor, permutation: Permutation) -> Tensor:
 
 def unflatten(flat: Tensor, shape: Sequence[int], permutation: Permutation) -> Tensor:
     """Inverse of `flatten`: a view of `flat` with the given shape."""
+    in_order = flat.view([shape[d] for d in permutation])
     inverse = sorted(range(len(permutation)), key=permutation.__getitem__)
-    return flat.view([shape[d] for d in permutation]).permute(inverse)
+    return in_order if list(permutation) == inverse == sorted(inverse) else in_order.permute(inverse)
+
+
+def shares_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether one is a view of the other, or of the same memory."""
+    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def same_memory(x: Tensor) -> Tensor:

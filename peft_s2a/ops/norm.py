@@ -160,7 +160,7 @@ class NormFunction(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.view(weight.shape).to(weight.dtype)
         if grad_input is not None:
-            grad_input = grad_input.view(grad_output.shape)
+            grad_input = grad_output if in_place else grad_input.view(grad_output.shape)
         return grad_input, grad_weight, grad_bias, None, None, None, None, None
 
 

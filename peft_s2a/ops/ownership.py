@@ -12,11 +12,12 @@ import functools
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import once_differentiable
 
 from .memory_order import is_dense
@@ -112,16 +113,21 @@ def _counts_in(graph: Graph) -> Counts:
 
 
 @functools.cache
-def _counts_of_unshared() -> tuple[Counts, ...]:
-    """The counts of a gradient that is held by nobody else, as it is and as a view; none if they prove nothing."""
+def _counts_of_unshared(kind: type[Tensor] = Tensor) -> tuple[Counts, ...]:
+    """The counts of a gradient that is held by nobody else, as it is and as a view; none if they prove nothing.
+
+    Args:
+        kind: `Tensor`, or `FakeTensor`, which holds what it is a view of once more.
+    """
     found: tuple[Counts, ...] = ()
 
     def learn() -> None:
         nonlocal found
         try:
-            unshared = _counts_in(_alone), _counts_in(_view)
-            if all(_counts_in(graph) not in unshared for graph in _SHARED):
-                found = unshared
+            with FakeTensorMode() if kind is FakeTensor else nullcontext():
+                unshared = _counts_in(_alone), _counts_in(_view)
+                if all(_counts_in(graph) not in unshared for graph in _SHARED):
+                    found = unshared
         except (AttributeError, TypeError):
             pass  # a torch without these counters
 
@@ -144,4 +150,4 @@ def owned(gradient: Tensor) -> bool:
         return False
     if gradient.is_inference() or gradient.is_conj() or gradient.is_neg() or not is_dense(gradient):
         return False
-    return _counts(gradient) in _counts_of_unshared()
+    return _counts(gradient) in _counts_of_unshared(type(gradient))

@@ -14,7 +14,7 @@ from ..codecs.backend import compiles, run
 from ..codecs.base import Codec, Kept
 from ..codecs.chunked import chunk_bounds, collect_chunks, decode_range
 from ..codecs.levels import DerivativeCodec
-from .memory_order import flatten, memory_permutation, same_memory, unflatten
+from .memory_order import flatten, memory_permutation, same_memory, shares_memory, unflatten
 from .ownership import owned
 
 
@@ -95,6 +95,8 @@ class PointwiseFunction(torch.autograd.Function):
         for start, stop in chunk_bounds(grad.numel(), grad.device, codec.unit):
             derivative = decode_range(codec, kept, start, stop, grad.dtype)
             torch.mul(grad[start:stop], derivative, out=grad_input[start:stop])
+        if in_place and shares_memory(grad, grad_output):
+            return grad_output, None, None, None
         return unflatten(grad_input, grad_output.shape, ctx.permutation), None, None, None
 
 

@@ -13,7 +13,7 @@ from ..codecs.base import Codec, Kept
 from ..codecs.chunked import chunk_bounds, decode_range, encode_chunked
 from ..codecs.probability import KeptRows
 from .lineage import Program
-from .memory_order import flatten, memory_permutation, unflatten
+from .memory_order import flatten, memory_permutation, shares_memory, unflatten
 from .ownership import owned
 
 
@@ -82,12 +82,11 @@ class ProductFunction(torch.autograd.Function):
 def _times(grad: Tensor, codec: Codec, codes: Kept, order: tuple[int, ...], in_place: bool) -> Tensor:
     """`grad * factor`, piece by piece, over the memory of `grad` if that may be."""
     flat = flatten(grad, order)
-    product = (
-        flat if in_place and flat.untyped_storage()._cdata == grad.untyped_storage()._cdata else torch.empty_like(flat)
-    )
+    in_place = in_place and shares_memory(flat, grad)
+    product = flat if in_place else torch.empty_like(flat)
     for start, stop in chunk_bounds(flat.numel(), flat.device, codec.unit):
         torch.mul(flat[start:stop], decode_range(codec, codes, start, stop, grad.dtype), out=product[start:stop])
-    return unflatten(product, grad.shape, order)
+    return grad if in_place else unflatten(product, grad.shape, order)
 
 
 def _restore(codec: Keeper, kept: Kept, shape: torch.Size, permutation: tuple[int, ...], dtype: torch.dtype) -> Tensor:

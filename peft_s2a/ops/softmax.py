@@ -55,6 +55,8 @@ class SoftmaxFunction(torch.autograd.Function):
             p = ctx.codec.decode(tuple(t[start:stop] for t in kept), width, grad.dtype)
             g = grad[start:stop]
             grad_input[start:stop] = p * (g - (g * p).sum(-1, keepdim=True))
+        if in_place:
+            return grad_output, None, None, None, None
         return grad_input.view(moved.shape).movedim(-1, ctx.dim), None, None, None, None
 
 
