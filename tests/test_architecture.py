@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"codecs", "pieces", "settings"},
     "table": {"codecs", "ops", "settings"},
     "interception": {"ops", "settings", "table"},
-    "blockwise": {"interception", "ops", "structure"},
+    "blockwise": {"interception", "ops", "pieces", "structure"},
     "tuner": {"blockwise", "interception", "memory", "settings", "structure"},
     "integrations": {"memory", "settings", "structure", "tuner"},
     "__main__": {"integrations"},

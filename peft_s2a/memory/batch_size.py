@@ -4,9 +4,9 @@ Two steps of one model with different batches make and free the same storages in
 is a constant plus a multiple of the batch. So is what is live after each event, and the peak is the largest of these
 lines: exact between and beyond the two batches, also where another line becomes the largest.
 
-Lines miss one thing: loops over pieces have temporaries of at most a piece, which a small batch does not fill. So the
-peak of the planned batch, which is simulated, bounds the others: a smaller batch needs no more, and a larger one at
-most in proportion.
+Lines miss one thing: loops over pieces have temporaries of at most a piece, which a small batch does not fill. So a
+peak that was simulated bounds the others: a smaller batch needs no more, and a larger one at most in proportion. Of the
+planned batch it is always known; of one image where the planned batch does not fit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,19 +33,17 @@ UNLIMITED = 2**31
 
 @dataclass(frozen=True)
 class PeakByBatch:
-    """`peak(b) = max_i (constant_i + slope_i b)`, bounded by what is known of one batch.
+    """`peak(b) = max_i (constant_i + slope_i b)`, bounded by what is known of single batches.
 
     Attributes:
         constant, slope: `(n,)` float64 tensors of bytes and bytes per image.
-        known_batch: a batch whose peak is known.
-        known_peak: its peak in bytes.
+        known: batch sizes and their peaks in bytes.
         loaded: bytes of weights and optimizer state, which are part of every peak.
     """
 
     constant: Tensor
     slope: Tensor
-    known_batch: int
-    known_peak: int
+    known: tuple[tuple[int, int], ...]
     loaded: int
 
     @classmethod
@@ -67,14 +65,19 @@ class PeakByBatch:
             small -= APART
             ends = [end.max().reshape(1) for end in ends]
         slope = (ends[1] - ends[0]) / APART
-        return cls(ends[0] - slope * small, slope, batch_size, first.peak, first.weights + first.optimizer)
+        return cls(ends[0] - slope * small, slope, ((batch_size, first.peak),), first.weights + first.optimizer)
 
     def peak(self, batch_size: int) -> int:
         """Bytes that are live at most."""
         by_lines = int((self.constant + self.slope * batch_size).max())
-        growth = max(batch_size / self.known_batch, 1.0)
-        bound = self.loaded + math.ceil((self.known_peak - self.loaded) * growth)
-        return min(by_lines, bound)
+        bounds = (
+            self.loaded + math.ceil((peak - self.loaded) * max(batch_size / known, 1.0)) for known, peak in self.known
+        )
+        return min(by_lines, *bounds)
+
+    def with_known(self, batch_size: int, peak: int) -> PeakByBatch:
+        """The same, where the peak of one more batch is known."""
+        return replace(self, known=(*self.known, (batch_size, peak)))
 
     def largest_batch(self, budget: int) -> int:
         """The largest batch whose peak is at most `budget` bytes; 0 if one image is too much."""

@@ -66,6 +66,8 @@ class Task:
         model = candidate.prepare(self.shape_model())
         step = simulate_step(model, self.batch(self.batch_size), self.optimizer)
         by_batch = PeakByBatch.fit(lambda size: simulate_step(model, self.batch(size)), self.batch_size, step)
+        if step.peak > self.budget and self.batch_size > 1:  # then small batches matter
+            by_batch = by_batch.with_known(1, simulate_step(model, self.batch(1), self.optimizer).peak)
         row = PlanRow(
             name=candidate.name,
             trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),

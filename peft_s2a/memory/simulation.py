@@ -257,5 +257,5 @@ def _result(
         flops=tracker.flops,
         live_at_peak=tuple(sorted(at_peak, key=lambda a: -a.bytes)),
         live_bytes=tuple(live[: len(step)]),
-        fingerprint=hash(tuple((s.operator if size > 0 else None, s.born) for s, size in step)),
+        fingerprint=hash(tuple((s.operator, s.born) for s, _ in step)),
     )

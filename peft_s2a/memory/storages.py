@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -43,38 +44,36 @@ class Storage:
 
 @dataclass(eq=False)
 class Section:
-    """Events `[first, last)` of work that was done at once and stands for pieces, each a `share` of it.
+    """Events `[first, last)` of work that was done at once and stands for pieces: how many, as a fraction.
 
     Where the pieces are alike, what is live grows or shrinks by the same with each, so the most is live during the
     first or during the last: these two are counted.
     """
 
-    share: float
+    pieces: Fraction
     first: int
     last: int = -1
 
     def changes(self, events: list[tuple[Storage, int]]) -> list[Change]:
         """What the pieces make and free, one after another."""
-        inside = events[self.first : self.last]
-
-        def amounts(storage: Storage) -> tuple[int, int, int]:
-            """Bytes in the first piece, in all between, and in the last."""
-            temporary = storage.born >= self.first and storage.died is not None and storage.died < self.last
-            if storage.of_weights:
-                return (storage.bytes, 0, storage.bytes) if temporary else (storage.bytes, 0, 0)
+        inside, pieces = events[self.first : self.last], float(self.pieces)
+        first, between, last = [], [], []
+        for storage, sign in inside:
+            ends_here = storage.died is not None and storage.died < self.last
+            temporary = storage.born >= self.first and ends_here
             if temporary:
-                piece = int(storage.bytes / max(storage.parts, 1 / self.share))
-                return piece, 0, piece
-            first, last = int(storage.bytes * self.share), int(storage.bytes * min(self.share, 1 - self.share))
-            return first, storage.bytes - first - last, last
-
-        changes = [(storage, sign, amounts(storage)) for storage, sign in inside]
-        between = [(storage, sign * sizes[1]) for storage, sign, sizes in changes if sizes[1]]
-        return [
-            *((storage, sign * sizes[0]) for storage, sign, sizes in changes),
-            *sorted(between, key=lambda change: change[1] > 0),
-            *((storage, sign * sizes[2]) for storage, sign, sizes in changes),
-        ]
+                share = 1.0 if storage.of_weights else 1 / max(storage.parts, pieces)
+                sizes = int(storage.bytes * share), 0, int(storage.bytes * share)
+            else:
+                share, rest = (1.0, 0.0) if storage.of_weights else (1 / pieces, min(1.0, pieces - 1) / pieces)
+                piece, remainder = int(storage.bytes * share), int(storage.bytes * rest)
+                sizes = piece, storage.bytes - piece - remainder, remainder
+            first.append((storage, sign * sizes[0]))
+            last.append((storage, sign * sizes[2]))
+            if not temporary:
+                between.append((sign, storage, sign * sizes[1]))
+        between.sort(key=lambda change: change[0])  # what is freed comes first
+        return [*first, *((storage, size) for _, storage, size in between), *last]
 
 
 @dataclass(eq=False)
@@ -163,7 +162,7 @@ class StorageTracker(ShortensLoops):
 
     def shortened(self, total: int, step: int) -> Bounds:
         """All parts but the last as one; what that makes and frees again counts as one part of it."""
-        alone = total * (self._open.share if self._open else 1) <= step
+        alone = total <= step * (self._open.pieces if self._open else 1)
         many = -(-total // step) - 1
         if alone or many < 1:
             yield from [(0, total)] if total else []
@@ -180,24 +179,24 @@ class StorageTracker(ShortensLoops):
         """Runs on all items, in one section of forward and one of backward, and joins outputs and gradients."""
         if self._open:
             return run(x)  # the piece of a piece
-        share = size / len(x)
+        pieces = Fraction(len(x), size)
         x = _Passage.apply(x, self.close_section, True)
-        self.open_section(share)
+        self.open_section(pieces)
         result = run(x)
         self.close_section()
 
         def joined(piece: Any) -> Any:
             if not isinstance(piece, Tensor):
                 return piece
-            return _Passage.apply(torch.cat([piece]), lambda: self.open_section(share), False)
+            return _Passage.apply(torch.cat([piece]), lambda: self.open_section(pieces), False)
 
         return tree_map(joined, result)
 
-    def open_section(self, share: float) -> None:
+    def open_section(self, pieces: Fraction) -> None:
         if self._open and self._open.first == len(self.events):
             return  # another output of the same
         self.close_section()
-        self._open = Section(share, len(self.events))
+        self._open = Section(pieces, len(self.events))
 
     def close_section(self) -> None:
         """Ends the section that is open, if any."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,17 +11,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..codecs.chunked import CPU_CHUNK, DEVICE_CHUNK
+from ..pieces import piece_bounds
 from .derivatives import Derivative, times_derivative
 from .lineage import Items, Program, Span
 from .overwriting import write_over
 from .ownership import owned
 
 
-def spans(count: int, numel: int, device: torch.device) -> list[Span]:
+def spans(count: int, numel: int, device: torch.device) -> Iterator[Span]:
     """Splits the items of a tensor of `numel` elements into pieces that bear the temporaries of a product."""
     size = 8 * CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK
     step = max(1, size * count // max(numel, 1))
-    return [(start, min(start + step, count)) for start in range(0, count, step)]
+    return piece_bounds(count, step)
 
 
 def piece(tensor: Tensor, items: Items, span: Span) -> Tensor:

@@ -5,6 +5,7 @@ dx = P (dy - sum(dy P)), with the same decoded P in both places, so that the row
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,15 +14,16 @@ from torch.autograd.function import once_differentiable
 
 from ..codecs.chunked import CPU_CHUNK, DEVICE_CHUNK
 from ..codecs.probability import RowCodec
+from ..pieces import piece_bounds
 from .ownership import owned
 
 
-def row_pieces(matrix: Tensor) -> list[tuple[int, int]]:
+def row_pieces(matrix: Tensor) -> Iterator[tuple[int, int]]:
     """Ranges of rows of an `(R, C)` tensor that are encoded or decoded at a time."""
     rows, width = matrix.shape
     size = CPU_CHUNK if matrix.device.type == "cpu" else DEVICE_CHUNK
     step = max(rows, 1) if torch.compiler.is_compiling() else max(1, size // max(width, 1))
-    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return piece_bounds(rows, step)
 
 
 class SoftmaxFunction(torch.autograd.Function):

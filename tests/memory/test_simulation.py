@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from peft_s2a import S2AConfig
+from peft_s2a.blockwise import PIECE
 from peft_s2a.codecs.chunked import CPU_CHUNK
 from peft_s2a.memory import CannotSimulateError, kept_bytes_by_allocator, peak_step_bytes, simulate_step
 from peft_s2a.memory.batch_size import UNLIMITED, PeakByBatch
@@ -265,14 +266,42 @@ def test_the_largest_line_changes():
 
 def test_batches_that_no_budget_or_every_budget_limits():
     def line(slope: float) -> PeakByBatch:
-        return PeakByBatch(torch.tensor([100.0]), torch.tensor([slope]), 4, 100 + int(4 * slope), 90)
+        return PeakByBatch(torch.tensor([100.0]), torch.tensor([slope]), ((4, 100 + int(4 * slope)),), 90)
 
     assert [line(10).largest_batch(budget) for budget in (99, 110, 155)] == [0, 1, 5]
     assert line(0).largest_batch(100) == UNLIMITED
 
 
 def test_what_is_known_bounds_the_rest():
-    by_batch = PeakByBatch(torch.tensor([1000.0]), torch.tensor([10.0]), 4, 140, 100)
+    by_batch = PeakByBatch(torch.tensor([1000.0]), torch.tensor([10.0]), ((4, 140),), 100)
     assert [by_batch.peak(batch) for batch in (1, 4, 8)] == [140, 140, 180]
     assert by_batch.peak(1000) == 10_100  # in proportion; by the line it would be 11,000
     assert by_batch.peak(10**6) == 10_000_100
+    assert [by_batch.with_known(1, 105).peak(batch) for batch in (1, 2, 8, 20)] == [105, 110, 140, 200]
+
+
+class Blocks(nn.Module):
+    """Blocks of two layers, each of which keeps its output in full; an adapter makes them run in pieces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(64, 1024), nn.GELU(), nn.Linear(1024, 64)) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.parametrize("policy", ["keep", "rebuild", "recompute"])
+@pytest.mark.parametrize("items", [9, 64, 65])
+def test_blocks_in_pieces(policy, items):
+    config = S2AConfig(activation_policy=policy, prompt_rank=0, side_reduction=0)
+    model = get_peft_model(Blocks(), config)
+    x = torch.randn(items, 512, 64)
+    assert x.numel() > PIECE["cpu"]
+    simulated = simulate_step(model, x)
+    assert simulated.step_peak == pytest.approx(peak_step_bytes(model, x), rel=0.04)
+    assert simulated.kept == pytest.approx(kept_bytes_by_allocator(model, x), rel=0.02)
