@@ -7,8 +7,8 @@ Calibrated is on some clip-art images, measured on others, in batches: the relat
 from the exact gradient (`activation_bits=None`) over the norm of that, all adapter parameters together, as a
 root mean square over the batches. One JSON line a setting goes to `benchmarks/results/allocation.jsonl`: of kind
 `"uniform"`, `"auto"` (with the error that the calibration expects) and `"cost"`: seconds of a calibration and of
-training steps, peak bytes of a calibration and of exact training on one image. EfficientNet-Lite0 trains its BatchNorms'
-statistics: with frozen ones it keeps nothing that is not exact.
+training steps, peak bytes of a calibration and of exact training on one image. EfficientNet-Lite0 trains the statistics
+of its BatchNorms: with frozen ones it keeps nothing that is not exact.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--costs", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     for name in options.models:
-        held, count = options.images, options.calibration_images
+        held, count, fields = options.images, options.calibration_images, CONFIGS.get(name, {})
         source = real_input(name, held + count, options.image_size, options.dataset)
         batches = [
             {key: value[start : start + options.batch_size] for key, value in source.batch.items()}
@@ -114,7 +114,7 @@ def main() -> None:
         ]
         items = list(single_items({key: value[held:] for key, value in source.batch.items()}, count))
 
-        def make(source: Any = source, fields: dict[str, Any] = CONFIGS.get(name, {}), **config: Any) -> Any:
+        def make(source: Any = source, fields: dict[str, Any] = fields, **config: Any) -> Any:
             base = source.load()
             set_seed(0)
             config = {"modules_to_save": head_names(base), "image_size": options.image_size, **fields, **config}
@@ -127,7 +127,7 @@ def main() -> None:
             "batch_size": options.batch_size,
             "image_size": options.image_size,
             "calibration_images": count,
-            "config": CONFIGS.get(name, {}),
+            "config": fields,
             "versions": versions(),
         }
         reference = make(activation_bits=None)

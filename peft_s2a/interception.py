@@ -241,9 +241,11 @@ class ActivationInterceptor:
 
     def path_of(self, function: Callable[..., Any]) -> str:
         """Path of the module that `function` is a method of, maybe with some arguments given; `""` for others."""
+        owner = getattr(function, "__self__", None)
         while isinstance(function, partial):
+            owner = function.args[0] if function.args else getattr(function.func, "__self__", None)
             function = function.func
-        return self._paths.get(getattr(function, "__self__", None), "")  # type: ignore[arg-type]
+        return self._paths.get(owner, "") if isinstance(owner, nn.Module) else ""
 
     def scoped(self, module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` as one more run of the module, where operators have names."""
