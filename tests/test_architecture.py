@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "interception": {"ops", "settings", "table"},
     "blockwise": {"interception", "ops", "structure"},
     "tuner": {"blockwise", "interception", "memory", "precision", "settings", "structure"},
-    "integrations": {"memory", "settings", "structure", "tuner"},
+    "integrations": {"memory", "precision", "settings", "structure", "tuner"},
     "__main__": {"integrations"},
     "__init__": {"codecs", "integrations", "memory", "precision", "settings", "structure", "tuner"},
 }
