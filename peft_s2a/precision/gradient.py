@@ -1,7 +1,8 @@
-"""The gradient of a few images, one by one, for comparing what is kept: always of the same numbers."""
+"""Gradients of a few images, one by one, and how far they move when something else is kept for them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,10 +95,10 @@ def default_loss(model: nn.Module, call: Arguments, seed: int) -> Tensor:
 
 
 class GradientProbe:
-    """The gradient of `parameters` summed over `items`, with the same random numbers at every call.
+    """The gradient of `parameters` on single images, with the same random numbers at every call.
 
     Args:
-        model: it is called in training mode; `quiet_training` leaves it as it was.
+        model: it is called in the mode that it is in; `quiet_training` leaves it as it was.
         items: arguments of the model, one image each: memory is needed for one.
         loss: `loss(model, batch)`; None: `default_loss`.
         seed: image i is run with seed + i.
@@ -117,29 +118,48 @@ class GradientProbe:
         call = item if isinstance(item, Arguments) else Arguments.of(item)
         return default_loss(self.model, call, self.seed + index)
 
-    def __call__(self, images: int | None = None) -> Tensor:
-        """The gradient as one vector, float32, over all images or the first ones.
+    def __call__(self, index: int) -> Tensor:
+        """The gradient on an image as one vector, float32.
 
         Raises:
             ValueError: for a loss that is not finite.
         """
-        total: Tensor | None = None
-        for index in range(len(self.items) if images is None else min(images, len(self.items))):
-            loss = self.forward(index)
-            if not bool(torch.isfinite(loss.detach()).all()):
-                raise ValueError(
-                    f"The loss on calibration image {index} is {float(loss.detach().float().sum())}: the gradient says "
-                    "nothing about precision then. Look for NaN or infinities in its pixels and labels, or calibrate "
-                    "on other images."
-                )
-            found = torch.autograd.grad(loss, list(self.parameters), allow_unused=True)
-            del loss
-            parts = zip(found, self.parameters, strict=True)
-            flat = torch.cat([(torch.zeros_like(p) if g is None else g).flatten().float() for g, p in parts])
-            del found
-            total = flat if total is None else total.add_(flat)
-        assert total is not None, "there is at least one image"
-        return total
+        loss = self.forward(index)
+        if not bool(torch.isfinite(loss.detach()).all()):
+            raise ValueError(
+                f"The loss on calibration image {index} is {float(loss.detach().float().sum())}: the gradient says "
+                "nothing about precision then. Look for NaN or infinities in its pixels and labels, or calibrate on "
+                "other images."
+            )
+        found = torch.autograd.grad(loss, list(self.parameters), allow_unused=True)
+        parts = zip(found, self.parameters, strict=True)
+        return torch.cat([(torch.zeros_like(p) if g is None else g).flatten().float() for g, p in parts])
+
+
+class ErrorProbe:
+    """How far gradients are from those at the time when this is made.
+
+    Args:
+        gradient: gives the gradients that are compared; those of now, which are exact, are kept.
+    """
+
+    def __init__(self, gradient: GradientProbe) -> None:
+        self.gradient = gradient
+        self.exact = [gradient(index) for index in range(len(gradient.items))]
+        self.norms = [float(exact.norm()) for exact in self.exact]
+        if not any(self.norms):
+            raise ValueError(
+                "The adapter's gradient is zero on the calibration images: calibrate with a loss and labels."
+            )
+
+    def __call__(self, images: int | None = None) -> float:
+        """Root mean square of the relative errors on all images, or the first ones; without those of zero gradient."""
+        squares = [
+            (float((self.gradient(index) - exact).norm()) / norm) ** 2
+            for index, (exact, norm) in enumerate(zip(self.exact[:images], self.norms, strict=False))
+            if norm
+        ]
+        return math.sqrt(sum(squares) / len(squares)) if squares else 0.0
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 The forward is exact whatever is kept, so the gradient is the exact one plus what the codes of each operator add to it.
 These parts have little to do with each other: their squares add up. So a group's error at some number of bits is
-measured with everything else exact, and the errors of single operators, of which there are many, at one number of bits
-only: at others they follow the curve of all operators of their kind.
+measured with everything else exact, image by image and relative to the image's gradient. The errors of single
+operators, of which there are many, are measured at one number of bits only: at others they follow the curve of all
+operators of their kind.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from ..settings import BIT_LEVELS
 
@@ -27,8 +26,8 @@ SMALL = 1 / 512
 
 Bits = Mapping[str, int]
 """Bits by kind or by operator; everything else is exact."""
-MeasureGradient = Callable[[Bits, "int | None"], Tensor]
-"""The gradient with these bits, over the first images or all of them."""
+MeasureError = Callable[[Bits, "int | None"], float]
+"""Relative error of the gradient with these bits: root mean square over the first images, or all of them."""
 
 
 @dataclass(frozen=True)
@@ -58,24 +57,19 @@ class Operator:
     members: tuple[str, ...]
 
 
-def kind_sensitivities(operators: Sequence[Operator], gradient: MeasureGradient) -> list[Sensitivity]:
+def kind_sensitivities(operators: Sequence[Operator], error: MeasureError) -> list[Sensitivity]:
     """Each kind of operator, at every number of bits."""
-    exact = gradient({}, None)
-    kinds = dict.fromkeys(operator.kind for operator in operators)
-    sizes = {kind: sum(o.elements for o in operators if o.kind == kind) for kind in kinds}
-    return [
-        Sensitivity(kind, kind, sizes[kind], _curve(lambda bits: gradient(bits, None), kind, exact)) for kind in kinds
-    ]
+    sizes = {kind: sum(o.elements for o in operators if o.kind == kind) for kind in _kinds(operators)}
+    return [Sensitivity(kind, kind, size, _curve(error, kind, None)) for kind, size in sizes.items()]
 
 
-def instance_sensitivities(operators: Sequence[Operator], gradient: MeasureGradient) -> list[Sensitivity]:
+def instance_sensitivities(operators: Sequence[Operator], error: MeasureError) -> list[Sensitivity]:
     """Each large operator, and the small ones of each kind together, whose group has the name of the kind."""
-    exact, few = gradient({}, None), gradient({}, CURVE_IMAGES)
-    curves = {kind: _curve(lambda bits: gradient(bits, CURVE_IMAGES), kind, few) for kind in _kinds(operators)}
+    curves = {kind: _curve(error, kind, CURVE_IMAGES) for kind in _kinds(operators)}
     found = []
     for group in merged_small(operators):
-        error = _error(gradient(dict.fromkeys(group.members, ERROR_AT), None), exact)
-        found.append(Sensitivity(group.name, group.kind, group.elements, along_curve(error, curves[group.kind])))
+        measured = error(dict.fromkeys(group.members, ERROR_AT), None)
+        found.append(Sensitivity(group.name, group.kind, group.elements, along_curve(measured, curves[group.kind])))
     return found
 
 
@@ -99,21 +93,14 @@ def _kinds(operators: Sequence[Operator]) -> dict[str, None]:
     return dict.fromkeys(operator.kind for operator in operators)
 
 
-def _error(found: Tensor, exact: Tensor) -> float:
-    norm = float(exact.norm())
-    if not norm:
-        raise ValueError("The adapter's gradient is zero on the calibration images: calibrate with a loss and labels.")
-    return float((found - exact).norm()) / norm
-
-
-def _curve(gradient: Callable[[Bits], Tensor], kind: str, exact: Tensor) -> dict[int, float]:
+def _curve(error: MeasureError, kind: str, images: int | None) -> dict[int, float]:
     """The kind's error at each number of bits at which it is finite; it does not rise with the bits."""
     curve: dict[int, float] = {}
     largest = 0.0
     for bits in sorted(BIT_LEVELS, reverse=True):
-        error = _error(gradient({kind: bits}), exact)
-        if not math.isfinite(error):
+        found = error({kind: bits}, images)
+        if not math.isfinite(found):
             break
-        largest = max(largest, error)
+        largest = max(largest, found)
         curve[bits] = largest
     return dict(sorted(curve.items()))

@@ -19,6 +19,7 @@ from ..memory.running import tensors_in
 from ..precision import (
     Allocation,
     Arguments,
+    ErrorProbe,
     GradientProbe,
     Loss,
     Operator,
@@ -134,11 +135,14 @@ class Calibration:
                     "activation_bits=None or a number."
                 )
 
-            def gradient(bits: Mapping[str, int], images: int | None) -> Tensor:
-                self.interceptor.set_adapter_settings(self.adapter_name, _measured(settings, bits, operators))
-                return probe(images)
+            self.interceptor.set_adapter_settings(self.adapter_name, _measured(settings, {}, operators))
+            errors = ErrorProbe(probe)
 
-            return measure(operators, gradient)
+            def error(bits: Mapping[str, int], images: int | None) -> float:
+                self.interceptor.set_adapter_settings(self.adapter_name, _measured(settings, bits, operators))
+                return errors(images)
+
+            return measure(operators, error)
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         for module in self.model.modules():
