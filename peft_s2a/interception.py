@@ -310,7 +310,7 @@ class ActivationInterceptor:
             entered.leftovers.leave()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        entered = self.enter(path=self._paths.get(module, "")) if module.training else Entered(None, None)
+        entered = self.enter(path=self._paths.get(module)) if module.training else Entered(None, None)
         if entered.mode is not None and not torch.compiler.is_compiling():
             self._enter_in_recomputations(module)
         self._state.entered.append((module, entered))

@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import timm
 import torch
 import transformers as T
 from peft import PeftModel, get_peft_model
@@ -335,3 +336,19 @@ def test_the_plot_is_drawn(batch, tmp_path):
     for groups in ("kind", "instance"):
         calibrate(make_model(activation_groups=groups), [batch]).plot(tmp_path / f"{groups}.png")
         assert (tmp_path / f"{groups}.png").stat().st_size > 1000
+
+
+def test_norms_with_an_activation_inside_are_told_apart(bits_asked):
+    torch.manual_seed(0)
+    base = timm.create_model("efficientnet_b0", num_classes=3)  # copies of its norms, which have parts, run
+    fields: dict[str, Any] = {"train_batch_norm": True, "prompt_rank": 0, "side_reduction": 0}
+    config = S2AConfig(activation_bits="auto", modules_to_save=["classifier"], **fields)
+    config.activation_allocation = {
+        "by": "instance",
+        "target_bits": 4,
+        "groups": [{"name": "bn1:norm:0", "kind": "norm", "elements": 1, "bits": 2, "error": 0.0}],
+    }
+    model = get_peft_model(base, config).train()
+    model(torch.randn(2, 3, 64, 64))
+    norms = {name for name, _ in bits_asked if ":norm:" in name}
+    assert len(norms) == sum(isinstance(module, nn.BatchNorm2d) for module in base.modules())
