@@ -2,6 +2,7 @@
 
     python -m benchmarks.allocation                                     # DINOv2-small and EfficientNet-Lite0
     python -m benchmarks.allocation --models efficientnet-lite0 --groups instance --calibration_images 8
+    python -m benchmarks.allocation --bits --targets         # what calibrating costs alone
 
 Calibrated is on some clip-art images, measured on others, in batches: the relative error is the norm of the difference
 from the exact gradient (`activation_bits=None`) over the norm of that, all adapter parameters together, as a
@@ -101,7 +102,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--groups", nargs="+", default=["kind", "instance"])
-    parser.add_argument("--targets", type=float, nargs="+", default=[2.5, 3, 4])
+    parser.add_argument("--targets", type=float, nargs="*", default=[2.5, 3, 4])
     parser.add_argument("--bits", type=int, nargs="*", default=[2, 3, 4])
     parser.add_argument("--costs", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
@@ -138,7 +139,7 @@ def main() -> None:
         for groups in options.groups:
             model = make(activation_bits="auto", activation_groups=groups)
             calibration = next(iter(calibrations(model.get_base_model()).values()))
-            sensitivities = calibration.sensitivities(model, items)
+            sensitivities = calibration.sensitivities(model, items) if options.targets else []
             for target in options.targets:
                 result: Allocation = allocate(sensitivities, groups, target)
                 auto = {"activation_bits": "auto", "activation_groups": groups, "activation_target_bits": target}
