@@ -34,7 +34,7 @@ def choose_options(groups: Sequence[Sequence[Option]], budget: int, most_units: 
     Sizes above the smallest of their group are counted in units. If their greatest common divisor makes at most
     `most_units` of them, the choice is optimal. Otherwise a unit is the rest of the budget over `most_units`, sizes are
     rounded up, and the choice, which still fits, costs no more than the best one for a budget smaller by
-    `len(groups)` units. `size_unit` gives the unit.
+    `len(groups) + 1` units: a part of one is lost in each group and at the end. `size_unit` gives the unit.
 
     Args:
         groups: the options of each group, in any order.

@@ -47,7 +47,7 @@ def test_with_few_units_it_fits_and_keeps_its_bound(groups, budget):
     if best_cost(groups, budget) is None:
         return
     choice = choose_options(groups, budget, most_units=10)
-    bound = best_cost(groups, budget - len(groups) * size_unit(groups, budget, 10))
+    bound = best_cost(groups, budget - (len(groups) + 1) * size_unit(groups, budget, 10))
     assert total(groups, choice, "size") <= budget
     assert bound is None or total(groups, choice, "cost") <= bound
 
