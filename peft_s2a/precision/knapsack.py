@@ -48,10 +48,9 @@ def choose_options(groups: Sequence[Sequence[Option]], budget: int, most_units: 
         raise ValueError("A group has no option to choose.")
     if any(not math.isfinite(option.cost) for options in groups for option in options):
         raise ValueError("The cost of an option is not a finite number.")
-    rest = _rest(groups, budget)
     unit = size_unit(groups, budget, most_units)
     sizes = [_units(options, unit) for options in groups]
-    units = rest // unit
+    units = min((budget - sum(map(_least, groups))) // unit, sum(map(max, sizes)))
     best = torch.zeros(units + 1, dtype=torch.float64)  # least cost of the groups so far within each size
     chosen = torch.zeros(len(groups), units + 1, dtype=torch.int16)
     for row, options, taken in zip(chosen, groups, sizes, strict=True):
