@@ -175,7 +175,8 @@ class Calibration:
                 return tensor
 
             with saved_tensors_hooks(count, lambda tensor: tensor):
-                probe.forward(0)
+                probe(0)  # with backward, which frees what the graph keeps
+            alive.clear()
         return [Operator(n, n.rsplit(":", 2)[1], elements, (n,)) for n, elements in kept.items() if elements]
 
 
