@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.results import read
 from benchmarks.summaries import CURVES, curves, method_name, pareto_records, spread
+from peft_s2a import Allocation
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 COLORS = {"exact": "tab:blue", "4 bits": "tab:orange"}
@@ -92,7 +93,19 @@ def plot_pareto() -> None:
         figure.savefig(IMAGES / f"pareto-{model}-{dtype}.png", dpi=110)
 
 
-PLOTS = {"curves": plot_curves, "pareto": plot_pareto}
+def plot_allocation() -> None:
+    """Bits by layer and operator, of the newest calibration by instance to 4 bits of each model."""
+    newest = {
+        record["model"]: record
+        for record in read("allocation")
+        if record["kind"] == "auto" and record["groups"] == "instance" and record["bits"] == 4
+    }
+    for model, record in newest.items():
+        allocation = {"by": "instance", "target_bits": record["bits"], "groups": record["allocation"]}
+        Allocation.from_dict(allocation).plot(IMAGES / f"allocation-{model}.png")
+
+
+PLOTS = {"curves": plot_curves, "pareto": plot_pareto, "allocation": plot_allocation}
 
 
 def main() -> None:

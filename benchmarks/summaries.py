@@ -207,3 +207,48 @@ def gradient_error_table(model: str) -> str:
             newest[record["coded"], shown + extra] = record
     rows = [[coded, shown, f"{record['error']:.4f}"] for (coded, shown), record in newest.items()]
     return markdown_table([model, "codes", "error"], rows)
+
+
+def allocation_table(model: str) -> str:
+    """Errors of one number of bits everywhere and of calibrated bits; the newest result of each counts."""
+    newest = {
+        (r["kind"], r.get("groups"), r["bits"]): r
+        for r in read("allocation")
+        if r["model"] == model and r["kind"] != "cost"
+    }
+    reference = newest.get(("uniform", None, 4))
+    if reference is None:
+        return ""
+    rows = []
+    for (kind, groups, bits), record in sorted(newest.items(), key=lambda item: (item[0][2], item[1]["error"])):
+        name = f"{bits} everywhere" if kind == "uniform" else f"auto, {bits:g}, by {groups}"
+        expected = record.get("expected_error")
+        rows.append(
+            [
+                name,
+                f"{record['average_bits']:.2f}" if kind == "auto" else f"{bits}",
+                f"{record['error']:.3f}",
+                f"{record['error'] / reference['error']:.2f}",
+                "–" if expected is None else f"{expected:.3f}",
+            ]
+        )
+    return markdown_table(["bits", "kept on average", "error", "against 4 everywhere", "expected"], rows)
+
+
+def allocation_costs_table() -> str:
+    """What a calibration takes; the newest result of each counts."""
+    newest = {(r["model"], r["groups"]): r for r in read("allocation") if r["kind"] == "cost"}
+    rows = [
+        [
+            f"{model}, by {groups}",
+            f"{r['calibration_seconds']:.0f}",
+            f"{r['steps_of_8']:.0f}",
+            f"{r['steps_of_32']:.0f}",
+            "–" if r["calibration_peak_mb"] is None else f"{r['calibration_peak_mb']:.1f}",
+            f"{r['exact_peak_mb']:.1f}",
+        ]
+        for (model, groups), r in newest.items()
+    ]
+    return markdown_table(
+        ["model", "seconds", "steps of 8", "steps of 32", "peak, MB", "exact training, one image, MB"], rows
+    )

@@ -17,6 +17,8 @@ from typing import Any
 from benchmarks.markdown import markdown_table
 from benchmarks.results import Record, read
 from benchmarks.summaries import (
+    allocation_costs_table,
+    allocation_table,
     curves_table,
     gradient_error_table,
     layouts_table,
@@ -153,6 +155,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "curves": curves_table,
     "whole-job": whole_job_table,
     "linear": linear_table,
+    "allocation-costs": allocation_costs_table,
+    **{f"allocation-{model}": partial(allocation_table, model) for model in GRADIENT_MODELS},
     "leak": leak_table,
     **{f"layouts-{model}": partial(layouts_table, model) for model in LAYOUT_MODELS},
     **{f"gradient-error-{model}": partial(gradient_error_table, model) for model in GRADIENT_MODELS},

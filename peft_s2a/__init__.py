@@ -7,9 +7,10 @@ Importing the package registers the method with PEFT: `get_peft_model(model, S2A
 from .codecs.backend import explain_backend
 from .integrations import MemoryReportCallback
 from .memory import Plan, coverage_report, peak_step_bytes, saved_activation_bytes
+from .precision import Allocation
 from .settings import ActivationSettings
 from .structure import BlockShape
-from .tuner import S2AConfig, S2AModel, plan, register
+from .tuner import S2AConfig, S2AModel, calibrate, plan, register
 
 __version__ = "0.1.0"
 
@@ -17,12 +18,14 @@ register(S2AConfig, S2AModel)
 
 __all__ = [
     "ActivationSettings",
+    "Allocation",
     "BlockShape",
     "MemoryReportCallback",
     "Plan",
     "S2AConfig",
     "S2AModel",
     "__version__",
+    "calibrate",
     "coverage_report",
     "explain_backend",
     "peak_step_bytes",

@@ -57,6 +57,10 @@ class BlockForward:
         """The forward that was there before."""
         return self.replaced or type(self.block).forward.__get__(self.block)
 
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward on some items, whose operators have the names that they have on all of them."""
+        return self.interceptor.scoped(self.block, self._forward)(*args, **kwargs)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         mode = self.interceptor.active_mode
         if mode is None or not self.block.training or torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -70,9 +74,9 @@ class BlockForward:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if not again:
-                return self._forward(*args, **kwargs)
+                return self._run(*args, **kwargs)
             x = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-            bits = settings.bits.get("block")
+            bits = self.interceptor.block_bits(self.block, x.numel())
             return recompute(self._in_mode, self.block, args, kwargs, x, bits, settings.rounding)
 
         size = self._items_per_piece(x, leaves, 2 if again else 1)  # two graphs of a piece are live then
@@ -93,7 +97,7 @@ class BlockForward:
         entered = self.interceptor.enter(forward_only=True)
         try:
             with shared_sums(False):
-                return self._forward(*args, **kwargs)
+                return self._run(*args, **kwargs)
         finally:
             self.interceptor.leave(entered)
 
@@ -123,7 +127,7 @@ class BlockForward:
 
         def output_of(items: Tensor) -> tuple[list[Any], Any]:
             args, kwargs = tree_unflatten([items if t is x else t for t in leaves], spec)
-            return tree_flatten(self._forward(*args, **kwargs))
+            return tree_flatten(self._run(*args, **kwargs))
 
         training = [module for module in self.block.modules() if module.training]
         try:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 import types
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from .ops.leftovers import LeftoverHooks
 from .settings import ActivationSettings
 from .table import FORWARD_ONLY, GROWING, METADATA, RULES, TABLE, Context, record_lineage
+from .table.calls import OperatorCalls, plain_path
 
 
 def _needs_grad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -97,6 +99,8 @@ class ActivationMode(TorchFunctionMode):
         return result
 
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.context.settings.instances is not None:
+            self.context.calls.begin()
         handler = TABLE.get(func)
         if handler is not None and (_needs_grad(args, kwargs) if torch.is_grad_enabled() else func in FORWARD_ONLY):
             result = handler(self.context, *args, **kwargs)
@@ -121,6 +125,7 @@ class Entered(NamedTuple):
 
     mode: ActivationMode | None
     leftovers: LeftoverHooks | None
+    calls: OperatorCalls | None = None
 
 
 class _InMode:
@@ -129,9 +134,10 @@ class _InMode:
     def __init__(self, function: Callable[..., Any], interceptor: ActivationInterceptor) -> None:
         self.function = function
         self.interceptor = interceptor
+        self.path = interceptor.path_of(function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        entered = self.interceptor.enter()
+        entered = self.interceptor.enter(path=self.path)
         try:
             return self.function(*args, **kwargs)
         finally:
@@ -174,7 +180,32 @@ class ActivationInterceptor:
         self.layer: BaseTunerLayer | None = None
         self._modes: dict[str, ActivationMode] = {}
         self._handles: dict[nn.Module, tuple[RemovableHandle, ...]] = {}
+        self._paths: dict[nn.Module, str] = {}
         self._state = _State()
+
+    def adapter_settings(self, adapter_name: str) -> ActivationSettings:
+        """What is kept while `adapter_name` is active."""
+        return self._modes[adapter_name].context.settings
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The adapter whose settings count."""
+        mode = self.active_mode
+        return next((name for name, known in self._modes.items() if known is mode), None)
+
+    @contextmanager
+    def counting(self, adapter_name: str) -> Iterator[tuple[dict[str, int], Callable[[], str]]]:
+        """Counts elements that operators keep; needs settings with `instances`.
+
+        Gives elements by operator, of those that say it themselves, and a function that tells which of the others, in
+        this thread, is running.
+        """
+        context = self._modes[adapter_name].context
+        context.kept = {}
+        try:
+            yield context.kept, lambda: context.calls.current
+        finally:
+            context.kept = None
 
     def set_adapter_settings(self, adapter_name: str, settings: ActivationSettings) -> None:
         """Sets what is kept while `adapter_name` is active."""
@@ -183,13 +214,15 @@ class ActivationInterceptor:
     def delete_adapter_settings(self, adapter_name: str) -> None:
         self._modes.pop(adapter_name, None)
 
-    def attach(self, module: nn.Module) -> None:
+    def attach(self, module: nn.Module, path: str = "") -> None:
         """Registers the entering and the leaving hook on `module`, around all hooks that it has by now.
 
-        A second call for a module moves them: hooks registered in between run inside the mode too.
+        `path` is the module's path in the base model, by which its operators are named. A second call for a module
+        moves the hooks: those registered in between run inside the mode too.
         """
         for handle in self._handles.pop(module, ()):
             handle.remove()
+        self._paths[module] = plain_path(path)
         enter = module.register_forward_pre_hook(self._enter, prepend=True)
         leave = module.register_forward_hook(self._leave, always_call=True)
         self._handles[module] = (enter, leave)
@@ -204,6 +237,32 @@ class ActivationInterceptor:
                 if isinstance(checkpoint, _CheckpointInMode):
                     setattr(child, _CHECKPOINT, checkpoint.checkpoint)
         self._handles.clear()
+        self._paths.clear()
+
+    def path_of(self, function: Callable[..., Any]) -> str:
+        """Path of the module that `function` is a method of, maybe with some arguments given; `""` for others."""
+        owner = getattr(function, "__self__", None)
+        while isinstance(function, partial):
+            owner = function.args[0] if function.args else getattr(function.func, "__self__", None)
+            function = function.func
+        return self._paths.get(owner, "") if isinstance(owner, nn.Module) else ""
+
+    def scoped(self, module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` as one more run of the module, where operators have names."""
+        mode = self.active_mode
+        if mode is None or mode.context.settings.instances is None:
+            return function
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with mode.context.calls.scope(self._paths.get(module, "")):
+                return function(*args, **kwargs)
+
+        return run
+
+    def block_bits(self, module: nn.Module, numel: int) -> int | None:
+        """Bits of the input of a block that is recomputed; `numel` elements of it are kept."""
+        mode = self.active_mode
+        return None if mode is None else mode.context.block_bits(self._paths.get(module, ""), numel)
 
     @property
     def active_mode(self) -> ActivationMode | None:
@@ -215,11 +274,12 @@ class ActivationInterceptor:
                 return self._modes[name]
         return None
 
-    def enter(self, forward_only: bool = False) -> Entered:
+    def enter(self, forward_only: bool = False, path: str | None = None) -> Entered:
         """Enters the active adapter's mode and the hooks for leftovers, each unless it is on top already.
 
         Args:
             forward_only: also where no gradient is taken: what is not needed any more is overwritten there too.
+            path: of the module whose forward begins, where one does.
         """
         mode = self.active_mode if torch.is_grad_enabled() or forward_only else None
         if mode is None:
@@ -231,10 +291,16 @@ class ActivationInterceptor:
         if entered_mode is not None:
             entered_mode.__enter__()
             self._state.depth += 1
-        return Entered(entered_mode, leftovers)
+        calls = None
+        if path is not None and mode.context.settings.instances is not None:
+            calls = mode.context.calls
+            calls.push(path)
+        return Entered(entered_mode, leftovers, calls)
 
     def leave(self, entered: Entered) -> None:
         """Undoes `enter`."""
+        if entered.calls is not None:
+            entered.calls.pop()
         if entered.mode is not None:
             self._state.depth -= 1
             entered.mode.__exit__(None, None, None)
@@ -244,7 +310,7 @@ class ActivationInterceptor:
             entered.leftovers.leave()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        entered = self.enter() if module.training else Entered(None, None)
+        entered = self.enter(path=self._paths.get(module)) if module.training else Entered(None, None)
         if entered.mode is not None and not torch.compiler.is_compiling():
             self._enter_in_recomputations(module)
         self._state.entered.append((module, entered))

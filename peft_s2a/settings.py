@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 BIT_LEVELS = (1, 2, 3, 4, 6, 8)
 """Numbers of bits a code can have."""
@@ -27,6 +27,9 @@ OPERATOR_KINDS = (
 `"source"`: normalised inputs that others are rebuilt from, in place of `"norm"` where something is rebuilt; `"block"`:
 inputs of blocks that are recomputed; `"other"`: what torch's own functions save.
 """
+
+ATTENTION_PARTS = ("query", "key", "value")
+"""What an attention keeps; each has the bits of `"attention"` unless a mapping sets its own."""
 
 WIDE_KINDS = ("source", "block", "other")
 """Kinds with 8 bits unless a mapping says otherwise: much else is made from them, or little is known of them."""
@@ -57,6 +60,8 @@ class ActivationSettings:
         rounding: `"nearest"` or `"stochastic"`.
         rebuilt: kinds of `REBUILT_KINDS` that keep how their input is rebuilt, where that is known, in place of codes.
         recompute_blocks: whether a block keeps its input alone and runs again in backward.
+        instances: bits of single operators by name (`table/calls.py`), which go before those of their kind; None where
+            kinds alone count: names are then not made.
     """
 
     bits: Mapping[str, int | None] = field(default_factory=dict)
@@ -64,11 +69,12 @@ class ActivationSettings:
     rounding: Rounding = "nearest"
     rebuilt: frozenset[str] = frozenset()
     recompute_blocks: bool = False
+    instances: Mapping[str, int | None] | None = None
 
     @classmethod
     def from_config(
         cls,
-        activation_bits: int | Mapping[str, int | None] | None,
+        activation_bits: int | str | Mapping[str, int | None] | None,
         activation_backend: str = "auto",
         activation_policy: str | Mapping[str, str] = "keep",
         activation_rounding: Rounding = "nearest",
@@ -88,17 +94,21 @@ class ActivationSettings:
         if activation_rounding not in ROUNDINGS:
             raise ValueError(f"activation_rounding={activation_rounding!r} is not one of {', '.join(ROUNDINGS)}.")
         common = 4 if isinstance(activation_bits, Mapping) else activation_bits
-        bits: dict[str, int | None] = {}
+        bits: dict[str, Any] = {}
         for kind in OPERATOR_KINDS:
             is_wide = (kind != "block") if recompute_blocks else (kind in WIDE_KINDS)
             bits[kind] = 8 if is_wide and common is not None else common
         if isinstance(activation_bits, Mapping):
-            unknown = sorted(set(activation_bits) - set(OPERATOR_KINDS))
+            known = (*OPERATOR_KINDS, *ATTENTION_PARTS)
+            unknown = sorted(set(activation_bits) - set(known))
             if unknown:
-                raise ValueError(
-                    f"activation_bits has unknown operator kinds {unknown}; known are {', '.join(OPERATOR_KINDS)}."
-                )
+                raise ValueError(f"activation_bits has unknown operator kinds {unknown}; known are {', '.join(known)}.")
             bits.update(activation_bits)
+            if "auto" in bits.values():
+                raise ValueError(
+                    "activation_bits='auto' stands for all kinds of operators together: set it in place of a mapping, "
+                    "or give a number for each kind."
+                )
         for kind, num_bits in bits.items():
             if num_bits is not None and (isinstance(num_bits, bool) or num_bits not in BIT_LEVELS):
                 raise ValueError(
@@ -106,6 +116,10 @@ class ActivationSettings:
                     "or None to keep exact activations."
                 )
         return cls(bits, activation_backend, activation_rounding, rebuilt, recompute_blocks)
+
+    def bits_of(self, kind: str) -> int | None:
+        """Bits of the operators of a kind, or of a part of an attention."""
+        return self.bits.get("attention" if kind in ATTENTION_PARTS and kind not in self.bits else kind)
 
 
 def _parse_policy(policy: str | Mapping[str, str]) -> tuple[frozenset[str], bool]:

@@ -15,16 +15,17 @@ ALLOWED: dict[str, set[str]] = {
     "settings": set(),
     "pieces": set(),
     "structure": set(),
+    "precision": {"memory", "settings"},
     "memory": {"pieces"},
     "codecs": {"pieces"},
     "ops": {"codecs", "pieces", "settings"},
     "table": {"codecs", "ops", "settings"},
     "interception": {"ops", "settings", "table"},
     "blockwise": {"interception", "ops", "pieces", "structure"},
-    "tuner": {"blockwise", "interception", "memory", "settings", "structure"},
-    "integrations": {"memory", "settings", "structure", "tuner"},
+    "tuner": {"blockwise", "interception", "memory", "precision", "settings", "structure"},
+    "integrations": {"memory", "precision", "settings", "structure", "tuner"},
     "__main__": {"integrations"},
-    "__init__": {"codecs", "integrations", "memory", "settings", "structure", "tuner"},
+    "__init__": {"codecs", "integrations", "memory", "precision", "settings", "structure", "tuner"},
 }
 """For each part (a module or folder directly in the package) the parts that it may import."""
 

@@ -39,11 +39,19 @@ class AdapterPart:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """An adapter: its parts, and how its configuration says that activations are kept."""
+    """An adapter: its parts, and how its configuration says that activations are kept.
+
+    Attributes:
+        folder: where it is.
+        settings: fields of the configuration.
+        parts: the tensors.
+        allocation: calibrated bits, as `Allocation.as_dict` gives them.
+    """
 
     folder: str
     settings: dict[str, Any]
     parts: tuple[AdapterPart, ...]
+    allocation: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The report in types that `json` can write."""
@@ -68,6 +76,8 @@ class AdapterReport:
 SETTINGS = (
     "base_model_name_or_path",
     "activation_bits",
+    "activation_target_bits",
+    "activation_groups",
     "activation_policy",
     "prompt_rank",
     "side_reduction",
@@ -79,6 +89,8 @@ SETTINGS = (
     "memory_plan",
 )
 """Fields of the configuration that are shown, where they are set."""
+AUTO_SETTINGS = ("activation_target_bits", "activation_groups")
+"""Those that say something with `activation_bits="auto"` alone."""
 
 
 def adapter_report(folder: str | Path) -> AdapterReport:
@@ -105,7 +117,9 @@ def adapter_report(folder: str | Path) -> AdapterReport:
     order = [name for name in (*PARTS, WHOLE) if name in sums]
     parts = tuple(AdapterPart(name, *sums[name]) for name in order)
     settings = {name: config[name] for name in SETTINGS if config.get(name) is not None}
-    return AdapterReport(str(folder), settings, parts)
+    if config.get("activation_bits") != "auto":
+        settings = {name: value for name, value in settings.items() if name not in AUTO_SETTINGS}
+    return AdapterReport(str(folder), settings, parts, config.get("activation_allocation"))
 
 
 def _part(key: str) -> str:

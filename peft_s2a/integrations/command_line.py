@@ -15,6 +15,7 @@ from rich.table import Table
 from ..memory import CannotSimulateError
 from ..memory.budget import format_bytes
 from ..memory.plan import HEADER
+from ..precision import Allocation
 from ..tuner import plan
 from ..tuner.planning import OPTIMIZERS
 from .adapter_report import adapter_report
@@ -89,8 +90,15 @@ def _report(options: argparse.Namespace) -> None:
         [
             _table(found.folder, ("setting", "value"), settings, numbers=False),
             _table("", ("part", "tensors", "parameters", "size"), parts),
+            *([] if found.allocation is None else [_bits_table(Allocation.from_dict(found.allocation))]),
         ],
     )
+
+
+def _bits_table(allocation: Allocation) -> Table:
+    rows = [[g.name, f"{g.elements:,}", str(g.bits), f"{g.error:.4f}"] for g in allocation.groups]
+    rows.append(["all", "", f"{allocation.average_bits:.2f}", f"{allocation.error:.4f}"])
+    return _table("", ("operators", "elements", "bits", "error"), rows)
 
 
 def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> Table:

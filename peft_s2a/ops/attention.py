@@ -37,12 +37,12 @@ class Heads:
     """How q, k and v are kept: those with a place in the program are made again, the others in codes.
 
     Args:
-        codec: for those in codes.
+        codecs: of q, k and v, for those in codes.
         program, leaves: make the others (`compile_program`); none where all are in codes.
         rebuilt: for each of q, k and v, whether the program makes it; its results come in this order.
     """
 
-    codec: HeadCodec
+    codecs: tuple[HeadCodec, ...]
     program: Program | None = None
     leaves: tuple[Tensor, ...] = ()
     rebuilt: tuple[bool, bool, bool] = (False, False, False)
@@ -59,7 +59,8 @@ class Heads:
 
     def encode(self, heads: Sequence[Tensor]) -> list[Kept]:
         """Codes of those that are not made again."""
-        return [self.codec.encode(t) for t, again in zip(heads, self.rebuilt, strict=True) if not again]
+        parts = zip(heads, self.codecs, self.rebuilt, strict=True)
+        return [codec.encode(t) for t, codec, again in parts if not again]
 
     def decode(
         self,
@@ -78,12 +79,12 @@ class Heads:
             made = iter(self.program.run(leaves, None if whole else (start // factor, stop // factor)))
         coded = iter(codes)
         found = []
-        for shape, again in zip(shapes, self.rebuilt, strict=True):
+        for shape, codec, again in zip(shapes, self.codecs, self.rebuilt, strict=True):
             if again:
                 found.append(next(made).to(dtype))
             else:
                 kept = tuple(t[start:stop] for t in next(coded))
-                found.append(self.codec.decode(kept, (stop - start, *shape[1:]), dtype))
+                found.append(codec.decode(kept, (stop - start, *shape[1:]), dtype))
         return found
 
 
@@ -118,7 +119,8 @@ class AttentionFunction(torch.autograd.Function):
             mask_leaves, ctx.mask_tree = flatten_recipe(mask_recipe)
         ctx.save_for_backward(state, *(t for k in kept for t in k), *heads.leaves, *mask_leaves)
         ctx.heads = replace(heads, leaves=())
-        ctx.codec = None if all(heads.rebuilt) else heads.codec  # for reports of what is kept
+        coded = [codec for codec, again in zip(heads.codecs, heads.rebuilt, strict=True) if not again]
+        ctx.codec = coded[0] if coded else None  # for reports of what is kept
         return output
 
     @staticmethod
@@ -216,7 +218,7 @@ def attention(
     value: Tensor,
     mask: Tensor | None,
     options: dict[str, Any],
-    codec: HeadCodec,
+    codec: HeadCodec | None,
     mask_recipe: Recipe | None = None,
     heads: Heads | None = None,
 ) -> Tensor:
@@ -224,8 +226,15 @@ def attention(
 
     Args:
         options: `dropout_p`, `is_causal`, `scale`, `enable_gqa` of the torch function.
-        codec: for q, k and v.
+        codec: for q, k and v alike, where `heads` says nothing else.
         mask_recipe: how to make the mask again in backward; it is then not kept.
-        heads: if some of q, k and v are not to be kept in codes.
+        heads: how each of q, k and v is kept; None: through `codec`.
+
+    Raises:
+        ValueError: if neither codec nor heads are given.
     """
-    return AttentionFunction.apply(query, key, value, mask, mask_recipe, options, heads or Heads(codec))
+    if heads is None:
+        if codec is None:
+            raise ValueError("attention needs a codec, or heads that have theirs.")
+        heads = Heads((codec,) * 3)
+    return AttentionFunction.apply(query, key, value, mask, mask_recipe, options, heads)

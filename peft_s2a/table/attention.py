@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..codecs.base import Codec, IdentityCodec
-from ..codecs.channel import ChannelAffineCodec
+from ..codecs.channel import ChannelAffineCodec, HeadCodec, IdentityHeadCodec
 from ..codecs.levels import DerivativeCodec
 from ..codecs.probability import KeptRows, SqrtProbabilityCodec
 from ..ops.attention import Heads, attention
@@ -19,6 +19,7 @@ from ..ops.logsumexp import logsumexp
 from ..ops.pointwise import pointwise
 from ..ops.product import RebuiltFactor, matmul, multiply
 from ..ops.softmax import softmax
+from ..settings import ATTENTION_PARTS
 from .context import MIN_ELEMENTS, Context, applies, replaces
 
 
@@ -34,24 +35,24 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    if not applies(context, "attention", query, key, value) or min(query.dim(), key.dim(), value.dim()) < 3:
+    coded = [applies(context, kind, query, key, value) for kind in ATTENTION_PARTS]
+    if min(query.dim(), key.dim(), value.dim()) < 3 or not any(coded):
         return NotImplemented
     query, key, value = _same_batch(query, key, value, 3 if enable_gqa else 2)
     if torch.compiler.is_compiling() and (dropout_p > 0 or (attn_mask is not None and attn_mask.requires_grad)):
         return NotImplemented  # neither the random state nor a gradient of the mask can be traced
     options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-    codec = ChannelAffineCodec(context.bits("attention") or 8, context.settings.rounding, context.settings.backend)
     recipe = None
     if attn_mask is not None and not attn_mask.requires_grad and not torch.compiler.is_compiling():
         recipe = context.recipes.get(attn_mask)
     if query.dim() == 4:
-        heads = _heads(context, codec, query, key, value)
-        return attention(query, key, value, attn_mask, options, codec, recipe, heads)
+        heads = _heads(context, query, key, value)
+        return attention(query, key, value, attn_mask, options, None, recipe, heads)
     lead = query.shape[:-3]
     if attn_mask is not None and attn_mask.dim() > 3:
         attn_mask, recipe = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4), None
     q, k, v = (t.reshape(-1, *t.shape[-3:]) for t in (query, key, value))
-    output = attention(q, k, v, attn_mask, options, codec, recipe)
+    output = attention(q, k, v, attn_mask, options, None, recipe, Heads(_head_codecs(context, q, k, v)))
     return output.view(*lead, *query.shape[-3:-1], value.shape[-1])
 
 
@@ -64,14 +65,30 @@ def _same_batch(query: Tensor, key: Tensor, value: Tensor, own: int) -> tuple[Te
     return tuple(t.expand(*common, *t.shape[-own:]) for t in (query, key, value))
 
 
-def _heads(context: Context, codec: ChannelAffineCodec, *tensors: Tensor) -> Heads:
+def _head_codecs(context: Context, *tensors: Tensor | None) -> tuple[HeadCodec, ...]:
+    """The codecs of q, k and v; None stands for one that is not kept."""
+    codecs: list[HeadCodec] = []
+    for kind, tensor in zip(ATTENTION_PARTS, tensors, strict=True):
+        bits = context.bits(kind)
+        if bits is None:
+            codecs.append(IdentityHeadCodec())
+            continue
+        codecs.append(ChannelAffineCodec(bits, context.settings.rounding, context.settings.backend))
+        if tensor is not None:
+            context.count(kind, tensor.numel())
+    return tuple(codecs)
+
+
+def _heads(context: Context, *tensors: Tensor) -> Heads:
     """Those of q, k and v whose origin is known are rebuilt from it, the others kept in codes."""
     nodes = [context.origin("attention", t) for t in tensors]
     known = [node for node in nodes if node is not None]
+    kept = [tensor if node is None else None for tensor, node in zip(tensors, nodes, strict=True)]
+    codecs = _head_codecs(context, *kept)
     if not known:
-        return Heads(codec)
+        return Heads(codecs)
     program, leaves = compile_program(known)
-    return Heads(codec, program, tuple(leaves), tuple(node is not None for node in nodes))  # type: ignore[arg-type]
+    return Heads(codecs, program, tuple(leaves), tuple(node is not None for node in nodes))  # type: ignore[arg-type]
 
 
 @replaces(F.softmax, torch.softmax, Tensor.softmax)

@@ -20,6 +20,7 @@ from ..ops.overwriting import Overwriting
 from ..ops.recipes import RecipeBook
 from ..ops.scaled import ScaledTensors
 from ..settings import ActivationSettings
+from .calls import OperatorCalls, instance_name
 
 MIN_ELEMENTS = ROW
 """Smaller tensors are left to torch: their codes would take a whole row."""
@@ -37,12 +38,40 @@ class Context:
     """Probabilities that are kept already, for the products that take them."""
     lineage: LineageBook = field(default_factory=LineageBook)
     overwriting: Overwriting = field(default_factory=Overwriting)
+    calls: OperatorCalls = field(default_factory=OperatorCalls)
+    kept: dict[str, int] | None = None
+    """Elements kept by each instance of `block`, while they are counted."""
 
     def __reduce__(self) -> tuple[type[Context], tuple[ActivationSettings]]:
         return Context, (self.settings,)  # what is remembered belongs to the tensors of one process
 
     def bits(self, kind: str) -> int | None:
-        return self.settings.bits.get(kind)
+        """Bits of the operator of this kind in the present call of a torch function."""
+        instances = self.settings.instances
+        if instances is None:
+            return self.settings.bits_of(kind)
+        name = self.calls.name(kind)
+        return self.settings.bits_of(kind) if name is None else self._instance_bits(name, kind)
+
+    def _instance_bits(self, name: str, kind: str) -> int | None:
+        instances = self.settings.instances or {}
+        return instances[name] if name in instances else self.settings.bits_of(kind)
+
+    def count(self, kind: str, numel: int) -> None:
+        """Says how many elements the operator of this kind in the present call keeps, where they are counted."""
+        name = None if self.kept is None else self.calls.name(kind)
+        if self.kept is not None and name is not None:
+            self.kept[name] = self.kept.get(name, 0) + numel
+            self.calls.forget()
+
+    def block_bits(self, path: str, numel: int) -> int | None:
+        """Bits of the input of a recomputed block, of which `numel` elements are kept."""
+        if self.settings.instances is None:
+            return self.settings.bits.get("block")
+        name = instance_name(path, "block")
+        if self.kept is not None:
+            self.kept[name] = self.kept.get(name, 0) + numel
+        return self._instance_bits(name, "block")
 
     def affine(self, kind: str, group_size: int = 64, row: int = ROW) -> GroupAffineCodec:
         """Group-wise codes for a kind; in 8 bits, to be on the safe side, for one that is exact."""

@@ -2,6 +2,7 @@
 
 from .batch_norm import BatchNormLayer
 from .block import BlockAdapter
+from .calibration import calibrate
 from .config import S2AConfig
 from .layer import AttentionBiasLayer, BiasLayer, S2ALayer
 from .model import S2AModel
@@ -16,6 +17,7 @@ __all__ = [
     "S2AConfig",
     "S2ALayer",
     "S2AModel",
+    "calibrate",
     "plan",
     "register",
 ]

@@ -9,6 +9,7 @@ from .. import blockwise
 from ..interception import ActivationInterceptor
 from .batch_norm import hold_batch_norms, release_batch_norms, takes_batch_statistics
 from .block import remove_hooks
+from .calibration import CALIBRATIONS, Calibration, calibrations
 from .checkpointing import prepare_checkpointing, release_checkpointing
 from .config import S2AConfig
 from .discovery import find_blocks
@@ -47,7 +48,11 @@ def install(model: nn.Module, adapter_name: str, config: S2AConfig) -> None:
     for name, module in model.named_modules():
         # any part may be recomputed by a checkpoint of its own
         if any(module.children()) and not is_own(name) and not isinstance(module, BaseTunerLayer):
-            activation.attach(module)
+            activation.attach(module, name)
+    known = calibrations(model)
+    known[adapter_name] = Calibration(model, adapter_name, config, activation)
+    for calibration in known.values():
+        calibration.wait()
     for name in find_blocks(model):
         blockwise.install(model.get_submodule(name), activation, takes_batch_statistics)
     trained = {
@@ -61,6 +66,9 @@ def install(model: nn.Module, adapter_name: str, config: S2AConfig) -> None:
 
 def forget(model: nn.Module, adapter_name: str) -> None:
     """Drops what an adapter that has been deleted had set up."""
+    calibration = calibrations(model).pop(adapter_name, None)
+    if calibration is not None:
+        calibration.stop_waiting()
     found: ActivationInterceptor | None = vars(model).get(INTERCEPTOR)
     if found is not None:
         found.delete_adapter_settings(adapter_name)
@@ -68,6 +76,8 @@ def forget(model: nn.Module, adapter_name: str) -> None:
 
 def remove(model: nn.Module) -> None:
     """Undoes `install`."""
+    for calibration in vars(model).pop(CALIBRATIONS, {}).values():
+        calibration.stop_waiting()
     found: ActivationInterceptor | None = vars(model).get(INTERCEPTOR)
     if found is not None:
         found.detach()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import PeftConfig
 
 from ..memory.budget import parse_bytes
-from ..settings import ActivationSettings, Rounding
+from ..precision import GROUPINGS, Allocation
+from ..settings import BIT_LEVELS, ActivationSettings, Rounding
 from ..structure import BlockShape
 from .model_card import add_usage
 from .registration import add_peft_type
+
+AUTO = "auto"
+"""The value of `activation_bits` with which bits are calibrated."""
 
 
 @dataclass
@@ -40,9 +44,16 @@ class S2AConfig(PeftConfig):
             and width (depth first for volumes). Prompts are made for the tokens of such an image (a DINOv2 made for
             518 px but trained at 112 px gets 8 x 8 + 1 rows, not 37 x 37 + 1); other sizes are interpolated at run
             time. Saved with the adapter; models that ask for `interpolate_pos_encoding=True` still need it.
-        activation_bits: bits per kept element: 1, 2, 3, 4, 6, 8, a mapping {operator kind: bits}, or `None` for exact.
+        activation_bits: bits per kept element: 1, 2, 3, 4, 6, 8, a mapping {operator kind: bits}, `None` for exact, or
+            `"auto"`: shared out among the operators by what their errors do to the gradient. That is measured on the
+            first images of the first training batch, or by `peft_s2a.calibrate`.
             What torch's own functions save is coded where their backward multiplies with it, in 8 bits unless a
             mapping sets `"other"`, or divides by it, in bfloat16.
+        activation_target_bits: with `"auto"`, the average bits per kept element over all operators with codes.
+        activation_groups: with `"auto"`, what gets bits of its own: `"kind"`, each kind of operator, or `"instance"`,
+            each single operator, which takes longer to measure and has less error.
+        activation_allocation: what `"auto"` led to, `Allocation.as_dict()`; filled in by the calibration and saved, so
+            that loading calibrates nothing.
         activation_backend: `"eager"`: the kernels of the codecs run as plain PyTorch; `"compile"`: compiled by
             `torch.compile`; `"auto"`: compiled on CUDA, eager elsewhere. `explain_backend()` tells what runs. A
             `torch.compile(model)` traces them together with the model, whatever is set.
@@ -97,8 +108,17 @@ class S2AConfig(PeftConfig):
         default=None,
         metadata={"help": "Size of the images that will be trained on, when it is not the model's own."},
     )
-    activation_bits: int | dict[str, int | None] | None = field(
-        default=4, metadata={"help": "Bits per kept element: 1, 2, 3, 4, 6, 8, {kind: bits} or None for exact."}
+    activation_bits: int | str | dict[str, int | None] | None = field(
+        default=4, metadata={"help": "Bits per kept element: 1, 2, 3, 4, 6, 8, {kind: bits}, 'auto' or None for exact."}
+    )
+    activation_target_bits: float = field(
+        default=4, metadata={"help": "Average bits per kept element for activation_bits='auto'."}
+    )
+    activation_groups: str = field(
+        default="kind", metadata={"help": "What activation_bits='auto' gives bits of its own: 'kind' or 'instance'."}
+    )
+    activation_allocation: dict[str, Any] | None = field(
+        default=None, metadata={"help": "What activation_bits='auto' led to; filled in by the calibration."}
     )
     activation_backend: str = field(default="auto", metadata={"help": "'auto', 'eager' or 'compile'."})
     activation_rounding: Rounding = field(default="nearest", metadata={"help": "'nearest' or 'stochastic'."})
@@ -143,6 +163,14 @@ class S2AConfig(PeftConfig):
         self.image_size = _checked_size(self.image_size)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is set without layers_to_transform: name the layers, or drop the pattern.")
+        check_target(self.activation_target_bits)
+        if self.activation_groups not in GROUPINGS:
+            raise ValueError(f"activation_groups={self.activation_groups!r} is not one of {', '.join(GROUPINGS)}.")
+        if self.activation_allocation is not None and self.activation_bits != AUTO:
+            raise ValueError(
+                f"activation_allocation goes with activation_bits='auto', not with {self.activation_bits!r}: leave one "
+                "of them out."
+            )
         self.activation_settings()
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget)
@@ -155,15 +183,38 @@ class S2AConfig(PeftConfig):
             BlockShape.from_dict(shape)
 
     def activation_settings(self) -> ActivationSettings:
-        """The settings that the fields `activation_...` stand for."""
-        return ActivationSettings.from_config(
-            self.activation_bits, self.activation_backend, self.activation_policy, self.activation_rounding
-        )
+        """The settings that the fields `activation_...` stand for.
+
+        With `activation_bits="auto"` they are those of the least number of bits that is no less than the target, until
+        the calibration has shared them out.
+        """
+        others = self.activation_backend, self.activation_policy, self.activation_rounding
+        if self.activation_bits != AUTO:
+            return ActivationSettings.from_config(self.activation_bits, *others)
+        enough = next(bits for bits in BIT_LEVELS if bits >= self.activation_target_bits)
+        settings = ActivationSettings.from_config(enough, *others)
+        if self.activation_allocation is None:
+            return settings
+        bits = Allocation.from_dict(self.activation_allocation).bits
+        kinds = {name: b for name, b in bits.items() if ":" not in name}
+        instances: dict[str, int | None] = {name: b for name, b in bits.items() if ":" in name}
+        return replace(settings, bits={**settings.bits, **kinds}, instances=instances or None)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Saves `adapter_config.json`, and in `README.md` how the adapter is loaded."""
         super().save_pretrained(str(save_directory), **kwargs)
         add_usage(save_directory, self.base_model_name_or_path)
+
+
+def check_target(bits: Any) -> None:
+    """Refuses average bits that no allocation has.
+
+    Raises:
+        ValueError: for anything but a number from 1 to 8.
+    """
+    low, high = BIT_LEVELS[0], BIT_LEVELS[-1]
+    if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not low <= bits <= high:
+        raise ValueError(f"activation_target_bits={bits!r} must be a number from {low} to {high}.")
 
 
 def _checked_size(size: Any) -> int | tuple[int, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,18 @@ def test_checkpoints_are_adapters(make_trainer, adapted_vit, samples):
     images = torch.stack([sample["pixel_values"] for sample in samples])
     with torch.no_grad():
         torch.testing.assert_close(loaded(images).logits, trainer.model.eval()(images).logits)
+
+
+def test_bits_are_calibrated_by_the_first_step(adapted_vit, make_trainer):
+    config = {"activation_bits": "auto", "activation_groups": "instance", "activation_target_bits": 3.5}
+    trainer = make_trainer(adapted_vit(**config), folder="lazy")
+    trainer.train()
+    allocation = trainer.model.peft_config["default"].activation_allocation
+    assert allocation["groups"]
+    # the same training with the bits known from the start: calibrating has not disturbed it
+    known = make_trainer(adapted_vit(**config, activation_allocation=allocation), folder="known")
+    known.train()
+    assert losses(known) == losses(trainer)
+    torch.testing.assert_close(adapter_state(known.model), adapter_state(trainer.model), rtol=0, atol=0)
+    saved = Path(trainer.args.output_dir) / "checkpoint-6" / "adapter_config.json"
+    assert json.loads(saved.read_text())["activation_allocation"] == allocation

@@ -6,6 +6,8 @@ Usage: two_processes.py FOLDER, where the main process saves the adapter.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import sys
 
 import torch
@@ -48,6 +50,25 @@ def adapter(model: PeftModel, gradient: bool) -> dict[str, torch.Tensor]:
     return {name: p.grad if gradient else p.detach() for name, p in trainable.items()}
 
 
+def check_calibration(images: torch.Tensor, labels: torch.Tensor, accelerator: Accelerator) -> None:
+    """Each process has images of its own, and all have the bits of the first; an error in one is one in all."""
+    config = S2AConfig(modules_to_save=["classifier"], activation_bits="auto", activation_groups="instance")
+    model = get_peft_model(make_models()["vit"], config).train()
+    prepared = accelerator.prepare(model)
+    message = ""
+    try:
+        prepared(images / (accelerator.process_index == 0))  # the loss of the second process is not finite
+    except ValueError as error:
+        message = str(error)
+    assert ("another process" if accelerator.is_main_process else "calibration image 0") in message, message
+    train(prepared, images, labels, accelerator)
+    text = json.dumps(model.peft_config["default"].activation_allocation).encode()
+    digest = torch.tensor(list(hashlib.sha256(text).digest()))
+    first, second = gather(digest.unsqueeze(0))
+    assert model.peft_config["default"].activation_allocation
+    assert torch.equal(first, second), text
+
+
 def main(folder: str) -> None:
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2, accelerator.state
@@ -72,6 +93,7 @@ def main(folder: str) -> None:
                     assert torch.equal(first, second), message
             if name == "vit" and accelerator.is_main_process:
                 accelerator.unwrap_model(model).save_pretrained(folder)
+    check_calibration(images[mine], labels[mine], accelerator)
     if accelerator.is_main_process:
         print("equal")
     accelerator.end_training()

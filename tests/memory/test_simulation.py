@@ -288,17 +288,24 @@ class Blocks(nn.Module):
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Linear(64, 1024), nn.GELU(), nn.Linear(1024, 64)) for _ in range(3)
         )
+        self.head = nn.Linear(64, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = x + block(x)
-        return x
+        return self.head(x)
 
 
 @pytest.mark.parametrize("policy", ["keep", "rebuild", "recompute"])
 @pytest.mark.parametrize("items", [9, 64, 65])
 def test_blocks_in_pieces(policy, items):
-    config = S2AConfig(activation_policy=policy, prompt_rank=0, side_reduction=0)
+    config = S2AConfig(
+        activation_policy=policy,
+        block_modules=r"blocks\.\d",
+        modules_to_save=["head"],
+        prompt_rank=0,
+        side_reduction=0,
+    )
     model = get_peft_model(Blocks(), config)
     x = torch.randn(items, 512, 64)
     assert x.numel() > PIECE["cpu"]
