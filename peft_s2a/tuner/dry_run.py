@@ -16,6 +16,7 @@ from ..memory.running import tensors_in
 from ..memory.shape_copy import meta_copy
 from ..structure import is_supported
 from .discovery import own_modules
+from .plain_layers import is_quantized, with_plain_layers
 
 Size = int | Sequence[int] | None
 """Size of an image: one number, or one a dimension; `None` is the model's own."""
@@ -108,6 +109,15 @@ def _example(model: nn.Module, image_size: Size) -> tuple[tuple[int, ...], dict[
     return sizes, kwargs
 
 
+def _shape_copy(model: nn.Module) -> nn.Module:
+    quantized = [name for name, module in model.named_modules() if is_quantized(module)]
+    floating = (p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+    copy = with_plain_layers(meta_copy(model), quantized, next(floating, torch.float32))
+    for parameter in copy.parameters():
+        parameter.requires_grad_(False)
+    return copy.eval()
+
+
 def _note(called: set[str], name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
     called.add(name)
 
@@ -132,7 +142,7 @@ def dry_run(model: nn.Module, image_size: Size, watch: Callable[[nn.Module], Non
     """
     sizes, kwargs = _example(model, image_size)
     args = (kwargs.pop(""),) if "" in kwargs else ()
-    probe = meta_copy(model).requires_grad_(False).eval()
+    probe = _shape_copy(model)
     watch(probe)
     called: set[str] = set()
     layers = {name: layer for name, layer in own_modules(probe) if is_supported(layer)}
