@@ -70,7 +70,7 @@ def half(dtype: torch.dtype) -> Case:
         low = setting.to(dtype)
         model = low.trained()
         assert {p.dtype for name, p in trainable(model).items() if "s2a_" in name} == {torch.float32}
-        with _or_the_base(lambda base: base(**low.batch).loss, low, "has no loss in it on this device"):
+        with or_the_base(lambda base: base(**low.batch).loss, low, "has no loss in it on this device"):
             gradients(model, low.batch)
         save_and_load(low)
 
@@ -167,7 +167,7 @@ def trainer(setting: Setting) -> None:
 
 
 @contextmanager
-def _or_the_base(works_for: Callable[[nn.Module], Any], setting: Setting, what: str) -> Iterator[None]:
+def or_the_base(works_for: Callable[[nn.Module], Any], setting: Setting, what: str) -> Iterator[None]:
     """Where something fails that fails for the model without an adapter, too, it is refused for that reason."""
     try:
         yield
@@ -187,7 +187,7 @@ def compiled(setting: Setting) -> None:
         return gradients(torch.compile(model, backend="aot_eager", fullgraph=True), setting.batch)
 
     expected = gradients(setting.trained(activation_bits=8), setting.batch)
-    with _or_the_base(compile_and_step, setting, "does not compile in one graph"):
+    with or_the_base(compile_and_step, setting, "does not compile in one graph"):
         found = compile_and_step(setting.trained(activation_bits=8))
     assert relative_error(found, expected) < 0.02, relative_error(found, expected)
 
@@ -200,7 +200,7 @@ def exported(setting: Setting) -> None:
         return torch.export.export(model.eval(), (), batch, strict=False)
 
     model = setting.trained()
-    with _or_the_base(export, setting, "cannot be exported"):
+    with or_the_base(export, setting, "cannot be exported"):
         program = export(model)
     torch.testing.assert_close(scores(program.module(), batch), scores(model, batch), rtol=1e-4, atol=1e-5)
 
