@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from data import load_images
 from peft import get_peft_model
 from pretrained import resolve_model
@@ -42,7 +42,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--per_device_train_batch_size", type=int, default=16)
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], help="default: that of accelerate's config")
+    parser.add_argument(
+        "--mixed_precision", choices=["no", "bf16", "fp16"], help="default: that of accelerate's config"
+    )
     parser.add_argument("--checkpoint_every", type=int, default=0, help="optimizer steps; 0: never")
     parser.add_argument("--resume", type=Path, help="folder of a checkpoint")
     parser.add_argument("--seed", type=int, default=0)
@@ -57,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         cpu=args.cpu,
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),  # the order follows from seed and epoch
     )
     set_seed(args.seed)
     with accelerator.main_process_first():
@@ -78,9 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         for part in (train, test)
     ]
 
-    base = AutoModelForImageClassification.from_pretrained(
-        path, num_labels=len(classes), ignore_mismatched_sizes=True
-    )
+    base = AutoModelForImageClassification.from_pretrained(path, num_labels=len(classes), ignore_mismatched_sizes=True)
     model: Any = get_peft_model(base, S2AConfig(modules_to_save=["classifier"], image_size=args.image_size))
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=args.learning_rate)
     model, optimizer, train_loader, test_loader = accelerator.prepare(model, optimizer, *loaders)

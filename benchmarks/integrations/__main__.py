@@ -3,7 +3,7 @@
     python -m benchmarks.integrations                  # everything; minutes
     python -m benchmarks.integrations Trainer ONNX     # the integrations whose names contain one of these
 
-Records of integrations that are not run, or whose package is not installed, stay. A case that fails, and is not refused,
+Records of integrations that are not run, or whose package is not installed, stay. A case that fails and is not refused
 stops the run: there is no entry for "broken".
 """
 

@@ -45,9 +45,7 @@ def _train(setting: Setting, bias_only: bool) -> None:
     fresh = setting.adapt(bias_only=bias_only, **fields).eval()
     names = {re.findall(r"s2a_([a-z]+)", name)[0] for name in trainable(fresh) if "s2a_" in name}
     assert names == ({"bias"} if bias_only else {"bias", "prompt", "side"}), names
-    torch.testing.assert_close(
-        scores(fresh, setting.batch), scores(setting.base, setting.batch), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(scores(fresh, setting.batch), scores(setting.base, setting.batch), rtol=1e-4, atol=1e-5)
     exact, coded = (
         gradients(setting.trained(bias_only=bias_only, activation_bits=bits), setting.batch) for bits in (None, 8)
     )
@@ -130,7 +128,7 @@ def mixed_batch(setting: Setting) -> None:
     with model.disable_adapter():
         plain = scores(model, batch)
     mixed = scores(model, batch, adapter_names=["default", "__base__"])
-    if len(mixed) == 2 and "input_ids" not in batch or "pixel_values" not in batch:
+    if (len(mixed) == 2 and "input_ids" not in batch) or "pixel_values" not in batch:
         torch.testing.assert_close(mixed[0], expected[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(mixed[1], plain[1], rtol=1e-4, atol=1e-5)
     else:  # scores of images against texts: those of an item with itself

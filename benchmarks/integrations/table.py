@@ -7,7 +7,7 @@ from benchmarks.results import read
 
 
 def integrations_table() -> str:
-    """"✓" works, a number: refused for that reason; the reasons follow."""
+    """ "✓" works, a number: refused for that reason; the reasons follow."""
     found = {(record["integration"], record["architecture"]): record for record in read("integrations")}
     integrations = list(dict.fromkeys(integration for integration, _ in found))
     architectures = list(dict.fromkeys(architecture for _, architecture in found))

@@ -15,5 +15,5 @@ def test_it_is_zero_2_and_leaves_sizes_to_the_trainer():
     assert not config.is_zero3()
     assert not config.is_offload()
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "bf16.enabled"):
-        assert config.is_auto(key)
+        assert config.get_value(key) == "auto"
     assert config.get_value("optimizer") is None  # the Trainer's own, over the adapter's parameters alone

@@ -59,6 +59,7 @@ def quantize(model: nn.Module, head: str) -> nn.Module:
     return model.eval()
 
 
+@pytest.mark.filterwarnings("ignore:Merging gives:UserWarning")
 @pytest.mark.parametrize("name", ["hf-vit", "timm-swin", "hf-convnext"])
 def test_on_quantized_weights(families, run, adapt, trained, name):
     family = families[name]
