@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.peft-s2a-installed
 
-.PHONY: setup check format test docs bench demo clean
+.PHONY: setup check format test test-oldest docs bench demo clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,16 @@ format: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 $(ARGS)
 
+# the oldest supported peft and transformers over the environment of `make test`; not a part of it, for its time
+OLDEST := peft==0.21.0 transformers==5.20.0
+OLDEST_TESTS := tests/interception tests/tuner/test_adapters.py tests/tuner/test_families.py \
+	tests/tuner/test_merging.py tests/tuner/test_mixed_batch.py tests/tuner/test_peft_expectations.py \
+	tests/tuner/test_released_checkpoints.py
+
+test-oldest: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv-oldest $(OLDEST)
+	PYTHONPATH=.venv-oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto $(OLDEST_TESTS) $(ARGS)
+
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
@@ -37,4 +47,4 @@ demo: setup
 	$(BIN)/python examples/demo.py $(ARGS)
 
 clean:
-	rm -rf .venv site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-oldest site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

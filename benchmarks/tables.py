@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.integrations.table import integrations_table
 from benchmarks.markdown import markdown_table
 from benchmarks.results import Record, read
 from benchmarks.summaries import (
@@ -147,6 +148,7 @@ def cards_table(dtype: str = "float32") -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "planning-accuracy": accuracy_table,
     "planning-cards": cards_table,
+    "integrations": integrations_table,
     "memory": lambda: memory_table("kept_mb_per_image"),
     "memory-bf16": lambda: memory_table("kept_mb_per_image", "bfloat16"),
     "memory-ratio": ratio_table,

@@ -177,7 +177,7 @@ _STORE = _Store()
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _stored(derivative: Derivative, num_bits: int, device: torch.device) -> str:
     """Name of the table in the store, where it is put if need be; a constant of a traced graph."""
-    name = f"{derivative!r} {num_bits} {device}"
+    name = f"{derivative!r} {num_bits} {device}".replace(".", "_")  # a dot would mean an attribute of an attribute
     if not hasattr(_STORE, name):
         setattr(_STORE, name, _table_on(derivative, num_bits, device))
     return name

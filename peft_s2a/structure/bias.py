@@ -20,6 +20,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+ADDING_LAST = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
+"""Layers whose own forward adds the bias last; the batch norms share one."""
+
 NORM_NAMES = ("batchnorm", "groupnorm", "layernorm", "rmsnorm")
 """A layer whose class name contains one of these, with a per-channel weight, counts as a norm."""
 
@@ -91,8 +94,12 @@ def _bias_width(layer: nn.Module) -> int:
 
 
 def _holder(layer: nn.Module, name: str) -> dict[str, Any] | None:
-    """The dictionary in which the layer registers this attribute: parameters, or buffers of frozen norms."""
-    for registered in (layer._parameters, layer._buffers):
+    """The dictionary in which the layer has this attribute: parameters, buffers of frozen norms, or plain attributes.
+
+    Plain ones come first, as they do when the layer reads them: while a sharded model runs (FSDP with
+    `use_orig_params`) its parameters are attributes.
+    """
+    for registered in (vars(layer), layer._parameters, layer._buffers):
         if name in registered:
             return registered
     return None
@@ -118,6 +125,25 @@ def bias_slots(layer: nn.Module) -> tuple[BiasSlot, ...]:
     if _is_norm(layer) and getattr(layer, "weight", None) is None:
         in_place = False  # kernels of norms take a bias only together with a weight
     return (BiasSlot("s2a_bias", "", "bias", _bias_width(layer), in_place),)
+
+
+def adds_bias_last(layer: nn.Module) -> bool:
+    """Whether the output is something plus the bias, so that a delta can as well be added to the output.
+
+    True for torch's own layers and those without a bias of their own; not for a norm with an activation behind it.
+    """
+    forward = getattr(type(layer), "forward", None)
+    return _holder(layer, "bias") is None or any(forward is cls.forward for cls in ADDING_LAST)
+
+
+def input_width(layer: nn.Module) -> int | None:
+    """Number of channels that the layer takes; `None` where it does not say."""
+    for name in ("in_features", "in_channels", "nx", "embed_dim", "num_features", "num_channels"):
+        width = getattr(layer, name, None)
+        if isinstance(width, int):
+            return width
+    weight = getattr(layer, "weight", None)
+    return weight.shape[0] if isinstance(weight, torch.Tensor) and weight.dim() > 0 else None
 
 
 def find_channel_dim(layer: nn.Module) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ..structure import BiasSlot, call_with_bias_deltas, can_stand_in, is_batch_
 from .config import S2AConfig
 from .discovery import unwrap
 from .layer import AttentionBiasLayer, BiasLayer
+from .mixed_batch import mixed_names
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -47,7 +48,7 @@ class BatchNormLayer(BiasLayer):
 
     def _statistics(self) -> dict[str, tuple[BufferDict, str]]:
         """Where the statistics of the first active adapter that has some are."""
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters or self.merged or mixed_names() is not None:
             return {}
         for adapter in self.active_adapters:
             dicts = {name: getattr(self, f"s2a_{name}") for name in STATISTICS}
@@ -74,6 +75,15 @@ class BatchNormLayer(BiasLayer):
             for name, (values, adapter) in statistics.items():
                 values[adapter] = base._buffers[name]
                 base._buffers[name] = own[name]
+
+    def call_for_items(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """Refused where an adapter has running statistics of its own."""
+        if any(name in self.s2a_running_mean or name in self.s2a_running_var for name in names):
+            raise ValueError(
+                "Adapters with train_batch_norm=True cannot be mixed in a batch: each normalises with its own running "
+                "statistics. Run each adapter on its own batch."
+            )
+        return super().call_for_items(names, *args, **kwargs)
 
     def merge_statistics(self, adapter_name: str) -> None:
         for name in STATISTICS:

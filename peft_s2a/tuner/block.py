@@ -14,6 +14,7 @@ from .config import S2AConfig
 from .image_size import ImageSize
 from .layer import S2ALayer
 from .matching import CHILD_NAME
+from .mixed_batch import check_length, items_of, mixed_names
 from .tensors import first_tensor, replace_argument, replace_first
 
 PROMPT_LEAVES = ("s2a_prompt_a", "s2a_prompt_b")
@@ -51,62 +52,73 @@ class BlockAdapter(nn.Module, S2ALayer):
         leaf: nn.ParameterDict = getattr(self, name)
         return leaf
 
-    def update_layer(self, adapter_name: str, shape: BlockShape, config: S2AConfig) -> None:
-        """Adds the adapter, or makes it anew."""
+    def update_layer(self, adapter_name: str, key: str, shape: BlockShape, config: S2AConfig) -> None:
+        """Adds the adapter to the block of this full name, or makes it anew."""
+        rank, reduction = config.block_sizes(key)
         self.shapes[adapter_name] = shape
-        self.reductions[adapter_name] = config.side_reduction
-        for name, value in self._initial(shape, config).items():
+        self.reductions[adapter_name] = reduction
+        for name, value in self._initial(shape, rank, reduction, config.init_weights).items():
             getattr(self, name)[adapter_name] = nn.Parameter(value)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @staticmethod
-    def _initial(shape: BlockShape, config: S2AConfig) -> dict[str, torch.Tensor]:
+    def _initial(shape: BlockShape, rank: int, reduction: int, init_weights: bool) -> dict[str, torch.Tensor]:
         def last(*size: int) -> torch.Tensor:
             """The factor that is zero at the start, so that the adapter is the identity."""
-            return torch.zeros(size) if config.init_weights else torch.randn(size) * INIT_STD
+            return torch.zeros(size) if init_weights else torch.randn(size) * INIT_STD
 
         values: dict[str, torch.Tensor] = {}
-        if config.prompt_rank:
-            values["s2a_prompt_a"] = torch.randn(shape.num_positions, config.prompt_rank) * INIT_STD
-            values["s2a_prompt_b"] = last(config.prompt_rank, shape.channels)
-        if config.side_reduction:
-            width = pooled_width(shape.channels, config.side_reduction)
+        if rank:
+            values["s2a_prompt_a"] = torch.randn(shape.num_positions, rank) * INIT_STD
+            values["s2a_prompt_b"] = last(rank, shape.channels)
+        if reduction:
+            width = pooled_width(shape.channels, reduction)
             values["s2a_side_down_weight"] = torch.randn(width, width) / math.sqrt(width)
             values["s2a_side_down_bias"] = torch.zeros(width)
             values["s2a_side_up_weight"] = last(shape.out_channels, width)
             values["s2a_side_up_bias"] = last(shape.out_channels)
         return values
 
-    def _acting(self, leaf: str) -> Iterator[str]:
-        """Active adapters that have this leaf."""
-        if not self.disable_adapters:
-            yield from (name for name in self.active_adapters if name in getattr(self, leaf))
+    def _acting(self, leaf: str, x: torch.Tensor | None) -> Iterator[tuple[str, list[int] | None]]:
+        """Adapters that act and have this leaf, each with the items of the batch that it acts on; None: on all."""
+        if self.disable_adapters or x is None:
+            return
+        names = mixed_names()
+        acting = self.active_adapters if names is None else dict.fromkeys(names)
+        for name in acting:
+            if name not in getattr(self, leaf):
+                continue
+            if names is not None:
+                check_length(len(x), names)
+            yield name, None if names is None else items_of(name, names)
 
     def before_block(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook: adds the active adapters' prompts to the block's input."""
         x = first_tensor(args, kwargs)
-        names = list(self._acting("s2a_prompt_a"))
-        if x is None or not names:
+        acting = list(self._acting("s2a_prompt_a", x))
+        if x is None or not acting:
             return None
         y = x
-        for name in names:
+        for name, items in acting:
             a, b = (self._leaf(leaf)[name] for leaf in PROMPT_LEAVES)
-            y = y + prompt_for(x, a, b, self.shapes[name], self.image_size.current)
+            y = _add(y, prompt_for(x, a, b, self.shapes[name], self.image_size.current), items)
         return replace_argument(args, kwargs, x, y)
 
     def after_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: adds the active adapters' side branches to the block's output."""
         x, y = first_tensor(args, kwargs), first_tensor((output,), {})
-        names = list(self._acting("s2a_side_up_weight"))
-        if x is None or y is None or not names:
+        acting = list(self._acting("s2a_side_up_weight", x))
+        if x is None or y is None or not acting:
             return None
         total = y
-        for name in names:
+        for name, items in acting:
             weights = SideWeights(*(self._leaf(leaf)[name] for leaf in SIDE_LEAVES))
-            total = total + side_for(x, y, weights, self.shapes[name], self.reductions[name])
+            inside, outside = (x, y) if items is None else (x[items], y[items])
+            side = side_for(inside, outside, weights, self.shapes[name], self.reductions[name])
+            total = _add(total, side, items)
         return replace_first(output, y, total)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -161,6 +173,13 @@ def attach(block: nn.Module, image_size: ImageSize) -> BlockAdapter:
     block.register_forward_pre_hook(adapter.before_block, with_kwargs=True)
     block.register_forward_hook(adapter.after_block, with_kwargs=True)
     return adapter
+
+
+def _add(total: torch.Tensor, part: torch.Tensor, items: list[int] | None) -> torch.Tensor:
+    """Adds a part to some items of the batch, or to all."""
+    if items is None:
+        return total + part
+    return total.index_add(0, torch.tensor(items, device=total.device), part.expand(len(items), *part.shape[1:]))
 
 
 def remove_hooks(module: nn.Module, owner: object) -> None:

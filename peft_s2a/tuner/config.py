@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import PeftConfig
+from peft.utils.other import get_pattern_key
 
 from ..memory.budget import parse_bytes
 from ..precision import GROUPINGS, Allocation
@@ -39,6 +40,9 @@ class S2AConfig(PeftConfig):
         use_bias: whether bias deltas are trained.
         prompt_rank: rank r of the prompt; 0: no prompt.
         side_reduction: channels averaged into one for the side branch; 0: no side branch.
+        prompt_rank_pattern: other ranks for some blocks: {name, ending or regular expression on the name: rank}; the
+            first that matches counts, as in LoRA's `rank_pattern`.
+        side_reduction_pattern: the same for `side_reduction`.
         init_weights: `True` starts as the identity; `False` starts at random (for tests).
         image_size: size of the images that will be trained on, when it is not the model's own: one number, or height
             and width (depth first for volumes). Prompts are made for the tokens of such an image (a DINOv2 made for
@@ -103,6 +107,12 @@ class S2AConfig(PeftConfig):
     side_reduction: int = field(
         default=16, metadata={"help": "Channels averaged into one for the side branch; 0 switches it off."}
     )
+    prompt_rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Other ranks for some blocks: {name or regex: rank}."}
+    )
+    side_reduction_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Other side reductions for some blocks: {name or regex: reduction}."}
+    )
     init_weights: bool = field(default=True, metadata={"help": "Whether the adapter starts as the identity."})
     image_size: int | tuple[int, ...] | list[int] | None = field(
         default=None,
@@ -152,11 +162,14 @@ class S2AConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
-        for name in ("prompt_rank", "side_reduction"):
-            value = getattr(self, name)
+        sizes = {name: getattr(self, name) for name in ("prompt_rank", "side_reduction")}
+        for pattern in ("prompt_rank_pattern", "side_reduction_pattern"):
+            setattr(self, pattern, getattr(self, pattern) or {})
+            sizes |= {f"{pattern}[{key!r}]": value for key, value in getattr(self, pattern).items()}
+        for name, value in sizes.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}={value!r} must be a whole number, 0 to switch the part off.")
-        if not (self.use_bias or self.prompt_rank or self.side_reduction):
+        if not (self.use_bias or self.uses_blocks()):
             raise ValueError(
                 "Every part is switched off: set use_bias=True, prompt_rank or side_reduction to train something."
             )
@@ -181,6 +194,18 @@ class S2AConfig(PeftConfig):
                 )
         for shape in (self.block_shapes or {}).values():
             BlockShape.from_dict(shape)
+
+    def uses_blocks(self) -> bool:
+        """Whether some block has a prompt or a side branch."""
+        patterns = (*self.prompt_rank_pattern.values(), *self.side_reduction_pattern.values())
+        return bool(self.prompt_rank or self.side_reduction or any(patterns))
+
+    def block_sizes(self, key: str) -> tuple[int, int]:
+        """Rank of the prompt and reduction of the side branch of the block with this full name."""
+        return (
+            self.prompt_rank_pattern.get(get_pattern_key([*self.prompt_rank_pattern], key), self.prompt_rank),
+            self.side_reduction_pattern.get(get_pattern_key([*self.side_reduction_pattern], key), self.side_reduction),
+        )
 
     def activation_settings(self) -> ActivationSettings:
         """The settings that the fields `activation_...` stand for.

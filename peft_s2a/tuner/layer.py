@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from ..structure import BiasSlot, bias_slots, call_with_bias_deltas
+from ..structure import BiasSlot, adds_bias_last, bias_slots, call_with_bias_deltas, find_channel_dim, input_width
 from ..structure.bias import merged_bias
 from .config import S2AConfig
+from .mixed_batch import check_length, items_of, mixed_names, rows_of_items
 
 
 class S2ALayer(BaseTunerLayer):
@@ -40,6 +41,7 @@ class BiasLayer(nn.Module, S2ALayer):
         super().__init__()
         self.base_layer = base_layer
         self.slots = bias_slots(base_layer)
+        self.in_features, self.out_features = input_width(base_layer), self.slots[-1].width
         for slot in self.slots:
             setattr(self, slot.leaf, nn.ParameterDict())
         self.merged_adapters = []
@@ -59,7 +61,7 @@ class BiasLayer(nn.Module, S2ALayer):
         """Adds the adapter, or makes it anew."""
         if config.use_bias:
             for slot in self.slots:
-                delta = torch.zeros(slot.width) if config.init_weights else torch.randn(slot.width) * 0.02
+                delta = torch.zeros(slot.width) if config.init_weights else torch.randn(slot.width)
                 getattr(self, slot.leaf)[adapter_name] = nn.Parameter(delta)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -81,9 +83,45 @@ class BiasLayer(nn.Module, S2ALayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.disable_adapters and self.merged:
             self.unmerge()
+        names = mixed_names()
+        if names is not None and not self.disable_adapters:
+            return self.call_for_items(names, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return self.call_base_layer({}, *args, **kwargs)
         return self.call_base_layer(self.deltas(), *args, **kwargs)
+
+    def call_for_items(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """Calls the base layer once, and adds to each item of the batch the delta of its adapter.
+
+        Raises:
+            ValueError: if an adapter is merged, or the layer's input does not have one row an item.
+        """
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        check_length(len(args[0] if args else next(iter(kwargs.values()))), names)
+        slot = self.slots[-1]
+        leaf = getattr(self, slot.leaf)
+        if not adds_bias_last(self.base_layer):
+            return self._call_for_each(names, leaf, *args, **kwargs)
+        output = self.call_base_layer({}, *args, **kwargs)
+        rows = rows_of_items(leaf, names)
+        if rows is None:
+            return output
+        shape = [len(names)] + [1] * (output.dim() - 1)
+        shape[find_channel_dim(self.base_layer)] = slot.width
+        return output + rows.to(output.dtype).view(shape)
+
+    def _call_for_each(self, names: Sequence[str], leaf: nn.ParameterDict, x: torch.Tensor) -> torch.Tensor:
+        """Calls the base layer once for each adapter, with the items that have it."""
+        groups = [(name, items_of(name, names)) for name in dict.fromkeys(names)]
+        outputs = [
+            self.call_base_layer({self.slots[-1]: leaf[name]} if name in leaf else {}, x[items])
+            for name, items in groups
+        ]
+        order = torch.tensor([place for _, items in groups for place in items], device=x.device)
+        return torch.cat(outputs)[order.argsort()]
 
     def can_merge(self, adapter_name: str) -> str | None:
         blocked = [slot for slot in self.slots if not slot.in_place and adapter_name in getattr(self, slot.leaf)]
@@ -160,3 +198,12 @@ class AttentionBiasLayer(BiasLayer):
     """`nn.MultiheadAttention` with a delta on its input bias (query, key, value) and on its output bias."""
 
     adapter_layer_names = ("s2a_bias_in", "s2a_bias")
+
+    def call_for_items(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """Refused where an item has a delta: the input bias lies inside the layer's one kernel."""
+        if any(name in self.s2a_bias for name in names):
+            raise ValueError(
+                "nn.MultiheadAttention does not support mixed adapter batches: run each adapter on its own batch, or "
+                "leave the layer out with exclude_modules."
+            )
+        return super().call_for_items(names, *args, **kwargs)

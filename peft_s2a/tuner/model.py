@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from .block import attach, detach_all
 from .config import S2AConfig
 from .layer import BiasLayer, S2ALayer
 from .matching import CHILD_NAME, in_chosen_layers, is_excluded, is_own, matches_names
+from .mixed_batch import mixed_batch
 from .planning import apply_budget
 from .registration import PREFIX
 from .resolve import resolve
@@ -54,7 +57,8 @@ class S2AModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """Creates the adapter in the model; see `BaseTuner.inject_adapter`."""
-        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        if not self.peft_config[adapter_name].inference_mode:  # loading takes the configuration that it is given
+            self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         if state_dict is not None:
             # PEFT reads module names off the keys: what lies behind ".s2a_" is cut, and a block is not its child
             state_dict = {key.replace(f".{CHILD_NAME}.{PREFIX}", f".{PREFIX}"): v for key, v in state_dict.items()}
@@ -105,7 +109,7 @@ class S2AModel(BaseTuner):
             adapter = attach(target, attachments.image_size(self.model))
             if not adapter.shapes:
                 adapter._active_adapter = adapter_name
-            adapter.update_layer(adapter_name, shape, peft_config)
+            adapter.update_layer(adapter_name, current_key, shape, peft_config)
         if not (matches_names(peft_config.target_modules, current_key) or wants_statistics(peft_config, current_key)):
             return
         if isinstance(target, NonDynamicallyQuantizableLinear):
@@ -145,6 +149,12 @@ class S2AModel(BaseTuner):
         if was_active and self.peft_config:  # layers choose by themselves, one that has no other adapter none
             others = others or [next(iter(self.peft_config))]
             self.set_adapter(others, inference_mode=any(self.peft_config[name].inference_mode for name in others))
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names: Sequence[str] | None = kwargs.pop("adapter_names", None)
+        with nullcontext() if names is None else mixed_batch(self, names, self.peft_config):
+            yield
 
     def _check_merge_allowed(self) -> None:
         """Refuses a merge that some layer cannot do, before anything is touched.
@@ -233,4 +243,4 @@ class S2AModel(BaseTuner):
 
 
 def _is_block(config: S2AConfig, key: str) -> bool:
-    return bool(config.prompt_rank or config.side_reduction) and key in (config.block_shapes or {})
+    return key in (config.block_shapes or {}) and any(config.block_sizes(key))

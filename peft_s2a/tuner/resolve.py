@@ -10,7 +10,7 @@ from torch import nn
 from ..structure import BlockShape, is_batch_norm, is_supported
 from .config import S2AConfig
 from .discovery import find_blocks, find_heads, find_targets, own_modules
-from .dry_run import dry_run
+from .dry_run import Usage, dry_run
 from .matching import exact_pattern, in_chosen_layers, is_excluded, is_saved_whole, matches_names, select
 from .shapes import find_block_shapes
 
@@ -31,15 +31,18 @@ def resolve(config: S2AConfig, model: nn.Module) -> None:
         warn_about_head(config, model)
 
 
+def _is_all_linear(config: S2AConfig) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+
+
 def _find_targets(config: S2AConfig, model: nn.Module, keys: list[str]) -> list[str]:
     """Layers found by structure where the configuration asks for it; checks what it names otherwise."""
     if not config.use_bias:
         config.target_modules = []
         return []
     names = config.target_modules
-    all_linear = isinstance(names, str) and names.lower() == "all-linear"
-    if names is None or all_linear:
-        found = find_targets(model, linear_only=all_linear)
+    if names is None or _is_all_linear(config):
+        found = find_targets(model, linear_only=names is not None)
         chosen = [k for k in found if in_chosen_layers(config, k) and not is_excluded(config, k)]
         if not chosen:
             raise NoMatchingPeftModuleError(
@@ -48,34 +51,45 @@ def _find_targets(config: S2AConfig, model: nn.Module, keys: list[str]) -> list[
                 "or set use_bias=False."
             )
         return chosen
-    if not select(config, names, keys):
+    named = select(config, names, keys)
+    if not named:
         raise NoMatchingPeftModuleError(
             f"target_modules={names} matches no module of {type(model).__name__} (exclude_modules, modules_to_save and "
             f"layers_to_transform considered). Its layers are named like {keys[len(keys) // 2]!r}; use None for all."
         )
-    return []
+    return named
 
 
 def _resolve_targets(
-    config: S2AConfig, model: nn.Module, keys: list[str], found: list[str], used: set[str] | None
+    config: S2AConfig, model: nn.Module, keys: list[str], found: list[str], used: Usage | None
 ) -> None:
     """Names the layers that were found, without those that no output of the model depends on.
 
     Such layers (a pooler whose output the head does not take) would have parameters that never get a gradient, which
     distributed training refuses. Models that cannot be run on an image keep all.
     """
-    if used is None:
+    if used is None and not config.inference_mode:
         try:
             used = dry_run(model, config.image_size, lambda probe: None)
-        except ValueError:  # not a model of images: nothing is known of what it uses
+        except ValueError:  # neither a model of images nor of tokens: nothing is known of what it uses
             used = None
-    chosen = [name for name in found if used is None or name in used]
-    config.target_modules = exact_pattern(chosen or found, keys)
+    bypassed = [name for name in found if used is not None and name in used.bypassed]
+    if bypassed:
+        warnings.warn(
+            f"{len(bypassed)} layers such as {bypassed[0]} are left alone: {type(model).__name__} uses their weights "
+            "without calling them, so that a bias delta on them would have no effect.",
+            UserWarning,
+            stacklevel=2,
+        )
+    is_named = config.target_modules is not None and not _is_all_linear(config)
+    chosen = [name for name in found if name not in bypassed and (used is None or is_named or name in used.behind)]
+    if bypassed or not is_named:
+        config.target_modules = exact_pattern(chosen or ([] if is_named else found), keys)
 
 
-def _resolve_blocks(config: S2AConfig, model: nn.Module, keys: list[str]) -> set[str] | None:
-    """Names the blocks and finds their shapes; returns the modules in use where a dry run was made for that."""
-    wanted = bool(config.prompt_rank or config.side_reduction)
+def _resolve_blocks(config: S2AConfig, model: nn.Module, keys: list[str]) -> Usage | None:
+    """Names the blocks and finds their shapes; returns what is in use where a dry run was made for that."""
+    wanted = config.uses_blocks()
     named = config.block_modules is not None
     if config.block_modules is None:
         found = [k for k in find_blocks(model) if in_chosen_layers(config, k) and not is_excluded(config, k)]
@@ -99,7 +113,7 @@ def _resolve_blocks(config: S2AConfig, model: nn.Module, keys: list[str]) -> set
         return None
     shapes = {name: BlockShape.from_dict(shape) for name, shape in (config.block_shapes or {}).items()}
     missing = [name for name in found if name not in shapes]
-    used: set[str] | None = None
+    used: Usage | None = None
     if missing:
         new, used = find_block_shapes(model, missing, required=named, image_size=config.image_size)
         shapes |= new

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..structure import BlockShape, Layout, find_channel_dim, is_supported
 from .discovery import own_modules
-from .dry_run import BATCH, CURE, Size, dry_run, image_input
+from .dry_run import BATCH, CURE, NUM_TOKENS, Size, Usage, dry_run, image_input, takes_tokens
 from .tensors import first_tensor
 
 MAX_EXTRA_TOKENS = 64
@@ -64,7 +64,7 @@ class ShapeRecorder:
 
 def find_block_shapes(
     model: nn.Module, names: Collection[str], required: bool, image_size: Size = None
-) -> tuple[dict[str, BlockShape], set[str] | None]:
+) -> tuple[dict[str, BlockShape], Usage | None]:
     """Shapes of the named blocks, and what `dry_run` returns.
 
     Args:
@@ -77,10 +77,16 @@ def find_block_shapes(
     recorder = ShapeRecorder()
     used = dry_run(model, image_size, partial(recorder.watch, names))
     sizes = image_input(model, image_size)
+    if takes_tokens(model):  # sequences of text have no fixed length, hence no prompt, unless their shape is given
+        of_text = [name for name, shape in recorder.inputs.items() if len(shape) == 3 and shape[1] == NUM_TOKENS]
+        for name in of_text:
+            del recorder.inputs[name]
     missing = [name for name in names if name not in recorder.inputs or name not in recorder.outputs]
     if missing and (required or len(missing) == len(names)):
-        raise ValueError(f"The blocks {missing[:3]} take no tensor when the model runs on an image: {CURE}")
-    chosen = [n for n in names if n not in missing and (required or used is None or n in used)]
+        raise ValueError(
+            f"The blocks {missing[:3]} take no tensor of a fixed length when the model runs on an image: {CURE}"
+        )
+    chosen = [n for n in names if n not in missing and (required or used is None or n in used.behind)]
     return {name: _describe(name, recorder, sizes[1:]) for name in chosen}, used
 
 
