@@ -4,9 +4,9 @@
     python -m benchmarks.whole_job --check             # and each beside a real run on the CPU
     python -m benchmarks.whole_job --models swin_b --dtypes bfloat16 --batch 16
 
-Simulated with fake tensors: the second of two steps, the first one makes the optimizer's state. The check adds up, for
-a real run, weights, batch and optimizer state, and the allocator's peak of a step on top of them. One JSON line a
-result goes to `results/whole_job.jsonl`. MB are 1e6 bytes.
+Simulated by `peft_s2a.memory.simulate_step`. The check adds up, for a real run, weights, batch and optimizer state, and
+the allocator's peak of a step on top of them. One JSON line a result goes to `results/whole_job.jsonl`; MB are 1e6
+bytes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from benchmarks.methods import NotApplicableError, apply
 from benchmarks.models import BUILDERS, build
 from benchmarks.policies import POLICIES, available
 from benchmarks.results import append, versions
-from benchmarks.simulation import simulated, weight_bytes
-from peft_s2a.memory import peak_step_bytes
+from peft_s2a.memory import peak_step_bytes, simulate_step
 from peft_s2a.memory.peak import optimizer_state_bytes
 from peft_s2a.memory.running import call_model, tensors_in, training_loss
 
@@ -40,24 +39,11 @@ def rows() -> dict[str, tuple[str, dict[str, Any]]]:
 
 def simulate(name: str, method: str, config: dict[str, Any], batch_size: int, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of the weights, and the peak of the job, in a simulation."""
-    base = build(name)
+    with torch.device("meta"):
+        base = BUILDERS[name]()
     base.module.to(dtype)
-    model = apply(method, base, dict(config)).train()
-    gc.collect()
-    with simulated(model) as counter:
-        batch = base.batch(batch_size, dtype)
-        optimizer = AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
-
-        def step() -> None:
-            training_loss(call_model(model, batch)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        step()
-        gc.collect()
-        counter.peak = counter.live
-        step()
-        return weight_bytes(model), counter.peak
+    step = simulate_step(apply(method, base, dict(config)), base.batch(batch_size, dtype), AdamW)
+    return step.weights, step.peak
 
 
 def run(name: str, method: str, config: dict[str, Any], batch_size: int, dtype: torch.dtype) -> int:
@@ -70,7 +56,8 @@ def run(name: str, method: str, config: dict[str, Any], batch_size: int, dtype: 
     training_loss(call_model(model, batch)).backward()
     optimizer.step()
     optimizer.zero_grad()
-    fixed = weight_bytes(model) + optimizer_state_bytes(optimizer) + sum(t.nbytes for t in tensors_in(batch))
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    fixed = weights + optimizer_state_bytes(optimizer) + sum(t.nbytes for t in tensors_in(batch))
     return fixed + peak_step_bytes(model, batch, optimizer)
 
 
