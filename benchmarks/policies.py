@@ -18,7 +18,7 @@ REBUILT = ("gelu", "silu", "pointwise", "attention", "product")
 
 POLICIES: dict[str, Fields] = {
     "keep": {"activation_bits": 4},
-    "keep, eager": {"activation_bits": 4, "activation_backend": "eager"},
+    "keep, compiled": {"activation_bits": 4, "activation_backend": "compile"},
     "rebuild attention": {"activation_policy": {"attention": "rebuild"}},
     "rebuild attention, 6 bits": {"activation_policy": {"attention": "rebuild"}, "activation_bits": {"source": 6}},
     "rebuild": {"activation_policy": "rebuild"},

@@ -33,7 +33,7 @@ OTHERS = ("full", "bias_only", "lora_qv", "lora_checkpointing")
 
 def rows() -> dict[str, tuple[str, dict[str, Any]]]:
     """Title to method and configuration."""
-    policies = available({name: config for name, config in POLICIES.items() if "eager" not in name})
+    policies = available({name: config for name, config in POLICIES.items() if "compiled" not in name})
     return {name: (name, {}) for name in OTHERS} | {f"S2A {name}": ("s2a", config) for name, config in policies.items()}
 
 

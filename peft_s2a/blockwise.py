@@ -21,9 +21,11 @@ from .ops.recompute import recompute
 from .pieces import shortening_mode
 from .structure.bias import shared_sums
 
-PIECE = {"cpu": 1 << 18}
-DEVICE_PIECE = 1 << 22
-"""Elements of a block's input that are worth a call of their own: enough for caches, and to hide launches."""
+CPU_PIECE = {"keep": 1 << 19, "rebuild": 3 << 17, "recompute": 1 << 18}
+"""Elements of a block's input that are worth a call of their own on a CPU, by policy. Fewer are slower; the more is
+live beside them, the fewer they are."""
+DEVICE_PIECE = {"keep": 1 << 22, "rebuild": 1 << 22, "recompute": 1 << 21}
+"""The same elsewhere: enough to hide launches."""
 
 MixesItems = Callable[[nn.Module], bool]
 
@@ -79,7 +81,7 @@ class BlockForward:
             bits = self.interceptor.block_bits(self.block, x.numel())
             return recompute(self._in_mode, self.block, args, kwargs, x, bits, settings.rounding)
 
-        size = self._items_per_piece(x, leaves, 2 if again else 1)  # two graphs of a piece are live then
+        size = self._items_per_piece(x, leaves, "recompute" if again else "rebuild" if settings.rebuilt else "keep")
         if size >= len(x) or not self._can_split(x, leaves, spec):
             return run(*args, **kwargs)
 
@@ -106,10 +108,10 @@ class BlockForward:
         return any(t.requires_grad for t in (*tensors, *self.block.parameters()))
 
     @staticmethod
-    def _items_per_piece(x: Tensor, leaves: list[Any], parts: int) -> int:
+    def _items_per_piece(x: Tensor, leaves: list[Any], policy: str) -> int:
         if len(x) < 2 or any(isinstance(t, Tensor) and t is not x and t.dim() and t.shape[0] != 1 for t in leaves):
             return len(x)  # which of the others belong to the items is not known
-        size = PIECE.get(x.device.type, DEVICE_PIECE) // parts
+        size = (CPU_PIECE if x.device.type == "cpu" else DEVICE_PIECE)[policy]
         return max(1, -(-size * len(x) // max(x.numel(), 1)))
 
     def _can_split(self, x: Tensor, leaves: list[Any], spec: Any) -> bool:
