@@ -22,7 +22,7 @@ def draw(allocation: Allocation, path: str | Path) -> None:
     cells: dict[tuple[str, str], int] = {}
     for group in allocation.groups:
         module, _, operator = group.name.partition(":")
-        row, column = (operator, module) if operator else (group.kind, "others" if len(columns) else "all")
+        row, column = (operator, module) if operator else (group.kind, "all" if allocation.by == "kind" else "others")
         number = _layer(column)
         rows[row] = columns[number] = None
         cells[_operator(column, row), number] = group.bits

@@ -40,17 +40,24 @@ class Arguments:
 
 
 def single_items(batch: Any, most: int) -> Iterator[Any]:
-    """Batches of one item each, of the first `most`: tensors as long as the first one are split, others shared."""
+    """Batches of one item each, of the first `most`.
+
+    Tensors as long as the first one are split, and so are lists of one entry for each item (targets of a detector);
+    others are shared.
+    """
     tensors = [t for t in tensors_in(batch) if t.dim()]
     count = len(tensors[0]) if tensors else 0
+
+    def is_list(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == count and value is not batch
+
     for index in range(min(count, most)):
 
         def item(value: Any, index: int = index) -> Any:
-            if isinstance(value, Tensor) and value.dim() and len(value) == count:
-                return value[index : index + 1]
-            return value
+            by_item = is_list(value) or (isinstance(value, Tensor) and value.dim() and len(value) == count)
+            return value[index : index + 1] if by_item else value
 
-        yield tree_map(item, dict(batch) if isinstance(batch, Mapping) else batch)
+        yield tree_map(item, dict(batch) if isinstance(batch, Mapping) else batch, is_leaf=is_list)
 
 
 def first_items(batches: Iterable[Any], images: int, seed: int) -> list[Any]:

@@ -16,15 +16,15 @@ def agreed(compute: Callable[[], dict[str, Any]], device: torch.device) -> dict[
     All compute, since a model may need the others (synchronised batch norms). The result travels as JSON.
 
     Raises:
-        ValueError: in every process, if it is raised in one.
+        ValueError: in every other process, if `compute` raises anything in one.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return compute()
-    error: ValueError | None = None
+    error: Exception | None = None
     result: dict[str, Any] = {}
     try:
         result = compute()
-    except ValueError as caught:
+    except Exception as caught:  # raised again below, once the others know
         error = caught
     failures = torch.tensor([float(error is not None)], device=device)
     dist.all_reduce(failures)

@@ -99,7 +99,9 @@ def _holder(layer: nn.Module, name: str) -> dict[str, Any] | None:
     Plain ones come first, as they do when the layer reads them: while a sharded model runs (FSDP with
     `use_orig_params`) its parameters are attributes.
     """
-    for registered in (vars(layer), layer._parameters, layer._buffers):
+    if isinstance(vars(layer).get(name), torch.Tensor):
+        return vars(layer)
+    for registered in (layer._parameters, layer._buffers):
         if name in registered:
             return registered
     return None

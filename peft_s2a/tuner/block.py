@@ -179,7 +179,8 @@ def _add(total: torch.Tensor, part: torch.Tensor, items: list[int] | None) -> to
     """Adds a part to some items of the batch, or to all."""
     if items is None:
         return total + part
-    return total.index_add(0, torch.tensor(items, device=total.device), part.expand(len(items), *part.shape[1:]))
+    index = torch.tensor(items, device=total.device)
+    return total.index_add(0, index, part.expand(len(items), *part.shape[1:]).to(total.dtype))
 
 
 def remove_hooks(module: nn.Module, owner: object) -> None:

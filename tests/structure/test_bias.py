@@ -130,3 +130,27 @@ def test_other_layers_are_refused(layer):
     assert not is_supported(layer)
     with pytest.raises(ValueError, match="cannot be put on"):
         bias_slots(layer)
+
+
+class ScaleNorm(nn.Module):
+    """A norm of a model's own, whose absent bias is a plain attribute that its forward does not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.bias = None
+
+    def forward(self, x):
+        return x * x.square().mean(-1, keepdim=True).rsqrt() * self.weight
+
+
+class RMSNormOfAModel(ScaleNorm):
+    pass
+
+
+def test_an_absent_bias_that_is_a_plain_attribute():
+    layer = RMSNormOfAModel()
+    (slot,) = bias_slots(layer)
+    delta, x = torch.randn(4), torch.randn(3, 4)
+    torch.testing.assert_close(call_with_bias_deltas(layer, {slot: delta}, (x,), {}), layer(x) + delta)
+    assert layer.bias is None
