@@ -113,14 +113,23 @@ class BiasLayer(nn.Module, S2ALayer):
         shape[find_channel_dim(self.base_layer)] = slot.width
         return output + rows.to(output.dtype).view(shape)
 
-    def _call_for_each(self, names: Sequence[str], leaf: nn.ParameterDict, x: torch.Tensor) -> torch.Tensor:
+    def _call_for_each(self, names: Sequence[str], leaf: nn.ParameterDict, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Calls the base layer once for each adapter, with the items that have it."""
         groups = [(name, items_of(name, names)) for name in dict.fromkeys(names)]
+
+        def of_items(value: Any, items: list[int]) -> Any:
+            by_item = isinstance(value, torch.Tensor) and value.dim() and len(value) == len(names)
+            return value[items] if by_item else value
+
         outputs = [
-            self.call_base_layer({self.slots[-1]: leaf[name]} if name in leaf else {}, x[items])
+            self.call_base_layer(
+                {self.slots[-1]: leaf[name]} if name in leaf else {},
+                *(of_items(value, items) for value in args),
+                **{key: of_items(value, items) for key, value in kwargs.items()},
+            )
             for name, items in groups
         ]
-        order = torch.tensor([place for _, items in groups for place in items], device=x.device)
+        order = torch.tensor([place for _, items in groups for place in items], device=outputs[0].device)
         return torch.cat(outputs)[order.argsort()]
 
     def can_merge(self, adapter_name: str) -> str | None:
