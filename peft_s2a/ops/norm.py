@@ -115,7 +115,7 @@ class NormFunction(torch.autograd.Function):
                 deviations.append(rstd)
             else:
                 mean, rstd = (t[start // width : stop // width] for t in statistics)
-            return (piece * rstd if mean is None else (piece - mean).mul_(rstd)).view(-1)
+            return (piece * rstd if mean is None else (piece - mean).mul_(rstd)).reshape(-1)
 
         kept = encode_chunked(codec, rows.numel(), rows.device, normalised, unit=width)
         if statistics is not None:

@@ -190,3 +190,14 @@ def test_constant_rows(leaf: Any) -> None:
 
 def test_double_backward(leaf: Any, refuses_double_backward: Any) -> None:
     refuses_double_backward(lambda x: layer_norm(x, (64,), None, None, 1e-5, IDENTITY), leaf(4, 64))
+
+
+def test_channels_of_one_image_that_lie_last_to_first():
+    """One image whose channels are moved to the end is a strided view, also as rows."""
+    x = torch.randn(1, 128, 40, 40).movedim(1, -1).requires_grad_()
+    output = layer_norm(x, (128,), None, None, 1e-5, IdentityCodec())
+    (grad,) = torch.autograd.grad(output.square().sum() / 2 + output.sum(), x)
+    stock = torch.nn.functional.layer_norm(x, (128,))
+    (expected,) = torch.autograd.grad(stock.square().sum() / 2 + stock.sum(), x)
+    torch.testing.assert_close(output, stock)
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
