@@ -55,6 +55,11 @@ def _to_bytes(codes: Tensor) -> Tensor:
     return codes if codes.dtype == torch.uint8 else codes.to(torch.int32).to(torch.uint8)
 
 
+def planes(num_bits: int) -> int:
+    """Pieces that a row is cut into so that each of them lies in one plane: 2 for 4 bits, 8 for 3 bits."""
+    return 8 // min(_PLANES[num_bits])
+
+
 def unpack(packed: Tensor, num_bits: int, width: int, group: int = 1) -> Tensor:
     """Inverse of `pack`: `(R, width * num_bits / 8)` uint8 to `(R, width)` uint8.
 
@@ -78,6 +83,43 @@ def unpack(packed: Tensor, num_bits: int, width: int, group: int = 1) -> Tensor:
             shifts = shifts.view(1, -1, *[1] * (part.dim() - 1))
             plane = (part.unsqueeze(1) >> shifts).bitwise_and_(2**plane_bits - 1).view(shape)
         codes = plane if codes is None else codes | (plane << offset)
+        start = stop
+        offset += plane_bits
+    assert codes is not None
+    return codes
+
+
+def unpack_numbers(packed: Tensor, num_bits: int, width: int, group: int = 1) -> Tensor:
+    """`unpack` to numbers for arithmetic: uint8, or float32 while compiling."""
+    if not torch.compiler.is_compiling():
+        return unpack(packed, num_bits, width, group)
+    shape = (packed.shape[0], width) if group == 1 else (packed.shape[0], width // group, group)
+    return _unpack_floats(packed, num_bits, width, group).view(shape)
+
+
+def _unpack_floats(packed: Tensor, num_bits: int, width: int, group: int) -> Tensor:
+    """Codes by float arithmetic, which compiled code vectorises; shifts of bytes it does not.
+
+    `(R, pieces, ...)`: every piece lies in one byte position of one plane, so that loops run over neighbouring bytes.
+    """
+    pieces = planes(num_bits)
+    size = width // pieces
+    inner = (size // group, group) if size % group == 0 else (size,)
+    codes: Tensor | None = None
+    start = offset = 0
+    for plane_bits in _PLANES[num_bits]:
+        stop = start + packed_width(width, plane_bits)
+        per_byte = 8 // plane_bits
+        plane = packed[:, start:stop].float().view(-1, 1, pieces // per_byte, *inner)
+        if per_byte > 1:
+            place = torch.arange(per_byte, device=packed.device).view(1, -1, 1, *[1] * len(inner))
+            factor: Tensor | float = 1.0
+            for i in range(1, per_byte):
+                factor = torch.where(place == i, 2.0 ** (-i * plane_bits), factor)
+            plane = torch.floor(plane * factor)
+            plane = plane - torch.floor(plane * 2.0**-plane_bits) * 2**plane_bits
+        plane = plane.reshape(-1, pieces, *inner)
+        codes = plane if codes is None else codes + plane * 2**offset
         start = stop
         offset += plane_bits
     assert codes is not None
