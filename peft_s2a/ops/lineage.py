@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..codecs.base import Codec, Kept
+from ..codecs.base import Codec, IdentityCodec, Kept
 from ..codecs.chunked import decode_range
+from .short_product import short_product
 
 Span = tuple[int, int]
 
@@ -56,6 +57,13 @@ class Node:
     shape: torch.Size
     dtype: torch.dtype
     items: Items | None
+
+
+def comes_from_codes(node: Node) -> bool:
+    """Whether all that the tensor is made from is decoded, so that it carries the error of codes."""
+    if not node.parents:
+        return isinstance(node.step, DecodeNormalised) and not isinstance(node.step.codec, IdentityCodec)
+    return all(map(comes_from_codes, node.parents))
 
 
 @dataclass(frozen=True)
@@ -172,11 +180,18 @@ def normalised_node(output: Tensor, codec: Codec, kept: Kept, weight: Tensor | N
 
 @dataclass(frozen=True)
 class Linear:
-    """A frozen product, in the dtype that the forward pass had. Leaves: weight and bias."""
+    """A frozen product, in the dtype that the forward pass had. Leaves: weight and bias.
+
+    Args:
+        short: whether the input comes out of codes: the product may then be taken in bfloat16 (`short_product`).
+    """
 
     dtype: torch.dtype
+    short: bool = False
 
     def __call__(self, inputs: Sequence[Tensor], leaves: Sequence[Tensor], span: Span | None) -> Tensor:
+        if self.short and self.dtype == torch.float32:
+            return short_product(inputs[0], leaves[0], leaves[1] if len(leaves) > 1 else None)
         weight, *bias = (t.to(self.dtype) for t in leaves)
         return torch.nn.functional.linear(inputs[0].to(self.dtype), weight, *bias)
 
