@@ -208,7 +208,7 @@ def _explicit_backward(
     grad_query, grad_key = grad_scores @ key, grad_scores.mT @ query
     grad_value = p.to(query.dtype).mT @ grad_output
     if groups > 1:
-        grad_key, grad_value = (g.unflatten(1, (-1, groups)).sum(2) for g in (grad_key, grad_value))
+        grad_key, grad_value = (torch.unflatten(g, 1, (-1, groups)).sum(2) for g in (grad_key, grad_value))
     return grad_query, grad_key, grad_value
 
 
