@@ -9,7 +9,7 @@ from typing import Any
 
 from ..tuner.model_card import card_in, put_section
 
-RESULTS = "## Results"
+RESULTS = "## Measured results"
 MEMORY = "## Memory of a training step"
 NOT_RESULTS = ("_runtime", "_per_second", "epoch")
 """Endings of what `Trainer.evaluate` returns beside the metrics."""
