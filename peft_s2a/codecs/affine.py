@@ -115,7 +115,7 @@ def _decode_rows(spec: tuple[GroupAffineCodec, torch.dtype], *kept: Tensor) -> T
 
 
 def _ranges(codec: GroupAffineCodec, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    grouped = rows.unflatten(1, (rows.shape[1] // codec.group_size, codec.group_size)).float()
+    grouped = torch.unflatten(rows, 1, (rows.shape[1] // codec.group_size, codec.group_size)).float()
     if rows.numel() == 0:
         low = high = grouped.sum(-1)
     else:
@@ -125,6 +125,6 @@ def _ranges(codec: GroupAffineCodec, rows: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _codes(codec: GroupAffineCodec, rows: Tensor, inverse: Tensor, zero_point: Tensor) -> Tensor:
-    grouped = rows.unflatten(1, (rows.shape[1] // codec.group_size, codec.group_size))
+    grouped = torch.unflatten(rows, 1, (rows.shape[1] // codec.group_size, codec.group_size))
     codes = quantize(grouped, inverse.unsqueeze(-1), zero_point.unsqueeze(-1), codec.num_bits, codec.rounding)
     return pack(codes, codec.num_bits)

@@ -37,7 +37,7 @@ def pack(codes: Tensor, num_bits: int) -> Tensor:
         plane = codes if num_bits == plane_bits else (codes >> offset) & (2**plane_bits - 1)
         if plane.shape[1] % per_byte:
             plane = plane.flatten(1)
-        packed, *others = plane.unflatten(1, (per_byte, plane.shape[1] // per_byte)).unbind(1)
+        packed, *others = torch.unflatten(plane, 1, (per_byte, plane.shape[1] // per_byte)).unbind(1)
         for i, piece in enumerate(others, start=1):
             shift = i * plane_bits
             # a sum of numbers is vectorised when compiled, a shift of bytes is not
@@ -78,7 +78,7 @@ def unpack(packed: Tensor, num_bits: int, width: int, group: int = 1) -> Tensor:
             plane = part.reshape(shape)
         else:
             if group > 1 and shape[1] % per_byte == 0:
-                part = part.unflatten(1, (-1, group))
+                part = torch.unflatten(part, 1, (-1, group))
             shifts = torch.arange(0, 8, plane_bits, dtype=torch.uint8, device=packed.device)
             shifts = shifts.view(1, -1, *[1] * (part.dim() - 1))
             plane = (part.unsqueeze(1) >> shifts).bitwise_and_(2**plane_bits - 1).view(shape)

@@ -81,7 +81,7 @@ def attention_gradients(
     grad_scores = grad_scores.to(query.dtype)
     grad_query, grad_key = (grad_scores @ key).mul_(scale), grad_scores.mT @ scaled
     if groups > 1:
-        grad_key, grad_value = (g.unflatten(1, (-1, groups)).sum(2) for g in (grad_key, grad_value))
+        grad_key, grad_value = (torch.unflatten(g, 1, (-1, groups)).sum(2) for g in (grad_key, grad_value))
     return grad_query, grad_key, grad_value
 
 

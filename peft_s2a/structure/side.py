@@ -51,7 +51,7 @@ def channel_average_pool(x: torch.Tensor, reduction: int, dim: int = -1) -> torc
     whole = channels // reduction
     pooled = []
     if whole:
-        groups = x.narrow(dim, 0, whole * reduction).unflatten(dim, (whole, reduction))
+        groups = torch.unflatten(x.narrow(dim, 0, whole * reduction), dim, (whole, reduction))
         pooled.append(groups.mean(dim + 1))
     if channels % reduction:
         pooled.append(x.narrow(dim, whole * reduction, channels % reduction).mean(dim, keepdim=True))

@@ -13,7 +13,7 @@ from ..memory.budget import parse_bytes
 from ..precision import GROUPINGS, Allocation
 from ..settings import BIT_LEVELS, ActivationSettings, Rounding
 from ..structure import BlockShape
-from .model_card import add_usage
+from .model_card import put_own_sections
 from .registration import add_peft_type
 
 AUTO = "auto"
@@ -226,9 +226,9 @@ class S2AConfig(PeftConfig):
         return replace(settings, bits={**settings.bits, **kinds}, instances=instances or None)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Saves `adapter_config.json`, and in `README.md` how the adapter is loaded."""
+        """Saves `adapter_config.json`, and in `README.md` how the adapter is loaded and what it is."""
         super().save_pretrained(str(save_directory), **kwargs)
-        add_usage(save_directory, self.base_model_name_or_path)
+        put_own_sections(save_directory, self, kwargs.get("auto_mapping_dict"))
 
 
 def check_target(bits: Any) -> None:
