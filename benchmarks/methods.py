@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks.models import BenchmarkModel
+from benchmarks.quantized import quantize_linear
 
 _QUERY_VALUE = re.compile(r"(^|\.)(query|value|q_proj|v_proj|q|v|qkv)$")
 
@@ -60,15 +61,21 @@ def _lora_all(model: BenchmarkModel, config: dict[str, Any]) -> nn.Module:
 
 
 def _lora_checkpointing(model: BenchmarkModel, config: dict[str, Any]) -> nn.Module:
-    base = model.module
-    supported = getattr(base, "supports_gradient_checkpointing", hasattr(base, "set_grad_checkpointing"))
-    if not supported:
-        raise NotApplicableError("the model class has no gradient checkpointing")
     try:
         adapted = _lora_qv(model, config)
     except NotApplicableError:
         adapted = _lora_all(model, config)
-    # switched on last: PEFT would ask for gradients of the embeddings, which non-reentrant checkpoints do not need
+    return _checkpointed(model, adapted)
+
+
+def _checkpointed(model: BenchmarkModel, adapted: nn.Module) -> nn.Module:
+    """`adapted` with the non-reentrant checkpoints of its base model's class.
+
+    Switched on last: PEFT would ask for gradients of the embeddings, which non-reentrant checkpoints do not need.
+    """
+    base = model.module
+    if not getattr(base, "supports_gradient_checkpointing", hasattr(base, "set_grad_checkpointing")):
+        raise NotApplicableError("the model class has no gradient checkpointing")
     if hasattr(base, "activation_checkpointing_enable"):
         base.activation_checkpointing_enable({"use_reentrant": False})
     elif hasattr(base, "gradient_checkpointing_enable"):
@@ -76,6 +83,28 @@ def _lora_checkpointing(model: BenchmarkModel, config: dict[str, Any]) -> nn.Mod
     else:
         base.set_grad_checkpointing(True)
     return adapted
+
+
+def _nf4(model: BenchmarkModel) -> None:
+    """Quantises the weights of all linear layers but the head's to 4 bits."""
+    quantize_linear(model.module, lambda layer, name: name not in model.heads)
+    model.module.is_loaded_in_4bit = True  # type: ignore[assignment]  # how PEFT tells
+
+
+def _qlora(model: BenchmarkModel, config: dict[str, Any]) -> nn.Module:
+    """LoRA on every linear layer, whose own weights are in NF4."""
+    _nf4(model)
+    return _lora_all(model, config)
+
+
+def _qlora_checkpointing(model: BenchmarkModel, config: dict[str, Any]) -> nn.Module:
+    return _checkpointed(model, _qlora(model, config))
+
+
+def _s2a_nf4(model: BenchmarkModel, config: dict[str, Any]) -> nn.Module:
+    """S2A on weights in NF4."""
+    _nf4(model)
+    return _s2a(model, config)
 
 
 def _s2a(model: BenchmarkModel, config: dict[str, Any]) -> nn.Module:
@@ -93,6 +122,9 @@ METHODS: dict[str, Callable[[BenchmarkModel, dict[str, Any]], nn.Module]] = {
     "lora_qv": _lora_qv,
     "lora_all": _lora_all,
     "lora_checkpointing": _lora_checkpointing,
+    "qlora": _qlora,
+    "qlora_checkpointing": _qlora_checkpointing,
+    "s2a_nf4": _s2a_nf4,
     "s2a": _s2a,
 }
 
