@@ -38,6 +38,10 @@ TITLES = {
     "bias_only": "bias only, stock torch",
     "lora_all": "LoRA, all layers",
     "lora_qv": "LoRA q, v",
+    "lora_fa": "LoRA-FA",
+    "velora": "VeLoRA",
+    "vpt_deep": "VPT-deep",
+    "adapter": "bottleneck adapter",
     "lora_checkpointing": "LoRA + checkpointing",
     "linear_probe": "linear probe",
 }

@@ -18,15 +18,15 @@ class Variant:
         method: a key of `benchmarks.methods.METHODS`.
         rates: learning rates to choose from; empty where the choice of `rate_of` counts.
         config: fields of the method's PEFT configuration.
-        rate_of: the variant whose learning rate is taken over: the same method with its activations stored in another
-            way, to which the search is given that would cost nothing new.
+        rate_of: variants whose learning rate is taken over, that of the first which the model has: the same method
+            with its activations stored in another way needs no search of its own.
     """
 
     title: str
     method: str
     rates: tuple[float, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
-    rate_of: str | None = None
+    rate_of: tuple[str, ...] = ()
 
 
 _AUTO = {"activation_bits": "auto", "activation_groups": "instance"}
@@ -36,26 +36,26 @@ _LORA = (5e-4, 1.5e-3, 5e-3)
 _S2A = (1e-3, 3e-3, 1e-2)
 
 VARIANTS: dict[str, Variant] = {
-    "full": Variant("full fine-tuning", "full", (2e-5, 6e-5, 2e-4)),
+    "full": Variant("full fine-tuning", "full", (6e-6, 2e-5, 6e-5)),
     "s2a_exact": Variant("S2A, exact", "s2a", _S2A, _EXACT),
-    "s2a_4": Variant("S2A, 4 bits", "s2a", (), {"activation_bits": 4}, "s2a_exact"),
-    "linear_probe": Variant("linear probe", "linear_probe", (3e-3, 1e-2, 3e-2)),
+    "s2a_4": Variant("S2A, 4 bits", "s2a", (), {"activation_bits": 4}, ("s2a_exact",)),
+    "linear_probe": Variant("linear probe", "linear_probe", _LORA),
     "bias_only": Variant("bias only, stock torch", "bias_only", _S2A),
     "lora_qv": Variant("LoRA q, v", "lora_qv", _LORA),
     "lora_all": Variant("LoRA, all layers", "lora_all", _LORA),
-    "vpt_deep": Variant("VPT-deep", "vpt_deep", (3e-3, 1e-2, 3e-2)),
+    "vpt_deep": Variant("VPT-deep", "vpt_deep", _S2A),
     "adapter": Variant("bottleneck adapter", "adapter", _LORA),
     "s2a_4_rebuild": Variant(
-        "S2A, 4 bits, rebuild", "s2a", (), {"activation_bits": 4, "activation_policy": "rebuild"}, "s2a_exact"
+        "S2A, 4 bits, rebuild", "s2a", (), {"activation_bits": 4, "activation_policy": "rebuild"}, ("s2a_exact",)
     ),
-    "lora_checkpointing": Variant("LoRA + checkpointing", "lora_checkpointing", (), {}, "lora_qv"),
+    "lora_checkpointing": Variant("LoRA + checkpointing", "lora_checkpointing", (), {}, ("lora_qv", "lora_all")),
     "lora_fa": Variant("LoRA-FA", "lora_fa", _LORA),
     "velora": Variant("VeLoRA", "velora", _LORA),
     "s2a_bias": Variant("S2A, biases alone, exact", "s2a", _S2A, _EXACT | _NO_PROMPT | _NO_SIDE),
     "s2a_prompt": Variant("S2A, prompts alone, exact", "s2a", _S2A, _EXACT | _NO_BIAS | _NO_SIDE),
     "s2a_side": Variant("S2A, side branches alone, exact", "s2a", _S2A, _EXACT | _NO_BIAS | _NO_PROMPT),
-    "s2a_auto_4": Variant("S2A, auto, 4 bits", "s2a", (), _AUTO | {"activation_target_bits": 4}, "s2a_exact"),
-    "s2a_auto_3": Variant("S2A, auto, 3 bits", "s2a", (), _AUTO | {"activation_target_bits": 3}, "s2a_exact"),
+    "s2a_auto_4": Variant("S2A, auto, 4 bits", "s2a", (), _AUTO | {"activation_target_bits": 4}, ("s2a_exact",)),
+    "s2a_auto_3": Variant("S2A, auto, 3 bits", "s2a", (), _AUTO | {"activation_target_bits": 3}, ("s2a_exact",)),
 }
 """The variants by name, the ones that matter most first."""
 
@@ -105,7 +105,7 @@ def jobs(
             for number, seed in enumerate(seeds):
                 for setting in (setting for setting in settings if setting["model"] == model):
                     if number == 0:
-                        for name in dict.fromkeys(searched(name) for name in tier):
+                        for name in dict.fromkeys(source for name in tier for source in searched(name)):
                             for rate in rates_of(name, model, rates):
                                 search = {"stage": "validation", "variant": name, "learning_rate": rate, "seed": seed}
                                 yield {**setting, **search}
@@ -113,9 +113,9 @@ def jobs(
                         yield {**setting, "stage": "test", "variant": name, "seed": seed}
 
 
-def searched(name: str) -> str:
-    """The variant whose search gives the learning rate of `name`."""
-    return VARIANTS[name].rate_of or name
+def searched(name: str) -> tuple[str, ...]:
+    """The variants whose search gives the learning rate of `name`."""
+    return VARIANTS[name].rate_of or (name,)
 
 
 def rates_of(name: str, model: str, rates: dict[str, tuple[float, ...]]) -> tuple[float, ...]:
@@ -136,6 +136,11 @@ def best_rate(records: Iterable[Record], job: Record) -> float:
     Raises:
         ValueError: if nothing was searched for this setting.
     """
-    setting = {name: job[name] for name in SETTING} | {"stage": "validation", "variant": searched(job["variant"])}
-    found = [record for record in records if all(record.get(name) == value for name, value in setting.items())]
-    return float(min(found, key=lambda r: (-r["accuracy"], r["loss"], r["learning_rate"]))["learning_rate"])
+    setting = {name: job[name] for name in SETTING} | {"stage": "validation"}
+    matching = [record for record in records if all(record.get(name) == value for name, value in setting.items())]
+    for source in searched(job["variant"]):
+        found = [record for record in matching if record["variant"] == source]
+        if found:
+            best = min(found, key=lambda record: (-record["accuracy"], record["loss"], record["learning_rate"]))
+            return float(best["learning_rate"])
+    raise ValueError(f"no learning rate was searched for {job['variant']} on {job['model']}, {job['dataset']}")
