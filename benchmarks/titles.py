@@ -14,6 +14,8 @@ TITLES = {
     "adapter": "bottleneck adapter",
     "lora_all": "LoRA, all layers",
     "lora_qv": "LoRA q, v",
+    "lora_fa": "LoRA-FA",
+    "velora": "VeLoRA",
     "lora_checkpointing": "LoRA + checkpointing",
     "qlora": "QLoRA",
     "qlora_checkpointing": "QLoRA + checkpointing",
