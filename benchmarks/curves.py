@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +22,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import get_linear_schedule_with_warmup, set_seed
 
-from benchmarks.accuracy import Task, prepare_task
 from benchmarks.results import Record, append, read, versions
 from benchmarks.summaries import CURVES, comparison, curves
+from benchmarks.tasks import Task, prepare_task
 from peft_s2a import S2AConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from methods import head_names
+from methods import head_names  # isort: skip  # of the examples, whose folder `benchmarks.tasks` puts on the path
 
 BACKBONES: dict[str, dict[str, Any]] = {
     "dinov2-small-saliency": {"image_size": 56, "config": {}},
@@ -113,8 +110,8 @@ def run(options: argparse.Namespace) -> None:
                     print("time budget used up; call again to go on")
                     return
                 if task is None:
-                    wanted = {"model": name, "image_size": job["image_size"], "max_test_samples": None}
-                    task = prepare_task(options.dataset, argparse.Namespace(**{**vars(options), **wanted}))
+                    limit, cache = options.max_train_samples, options.cache_dir
+                    task = prepare_task(options.dataset, name, job["image_size"], limit, cache=cache)
                 config = {**setting["config"], "activation_bits": bits}
                 for epoch, values in enumerate(train(task, config, seed, options), start=1):
                     rounded = {name: round(value, 5) for name, value in values.items()}

@@ -59,6 +59,13 @@ def check_gradients(model: nn.Module, batch: Any) -> None:
     model.zero_grad()
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers, and of the scales that bitsandbytes keeps beside quantised weights."""
+    weights = [*model.parameters(), *model.buffers()]
+    scales = [weight.quant_state.absmax for weight in weights if getattr(weight, "quant_state", None) is not None]
+    return sum(tensor.nbytes for tensor in (*weights, *scales))
+
+
 def measure(name: str, method: str, config: dict[str, Any], batch_size: int, dtype: torch.dtype, peak: bool) -> Record:
     """One result: builds, checks, measures.
 
@@ -91,6 +98,7 @@ def measure(name: str, method: str, config: dict[str, Any], batch_size: int, dty
         "image_size": next(t.shape[-1] for t in tensors_in(batch) if t.dim() == 4),
         "kept_mb_per_image": round(saved_activation_bytes(model, batch) / batch_size / MB, 3),
         "peak_mb_per_image": round(peak_step_bytes(model, batch) / batch_size / MB, 3) if peak else None,
+        "weights_mb": round(weight_bytes(model) / MB, 1),
         "trainable": trainable,
         "trainable_without_head": trainable - head,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

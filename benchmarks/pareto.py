@@ -21,7 +21,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,13 @@ from peft_s2a.memory.running import Batch, call_model, training_loss
 MB = 1e6
 REFERENCE = "bias_only"
 OTHERS = ("full", "lora_qv", REFERENCE, "lora_checkpointing")
+ON_REQUEST = {
+    **{name: (name, {}) for name in ("linear_probe", "lora_all", "qlora", "qlora_checkpointing")},
+    "S2A exact": ("s2a", {"activation_bits": None}),
+    "S2A keep, NF4 weights": ("s2a_nf4", {"activation_bits": 4}),
+}
+"""Title, method and settings of what is measured when `--methods` names it."""
+
 BATCH_NORM_TRAINED = {"activation_bits": 4, "train_batch_norm": True}
 
 
@@ -53,13 +60,16 @@ class Method:
     config: dict[str, Any]
 
 
-def methods(model: BenchmarkModel) -> list[Method]:
-    """All methods; S2A with every policy that the library has."""
+def methods(model: BenchmarkModel, wanted: Sequence[str] | None = None) -> list[Method]:
+    """The methods whose titles are `wanted`; by default the usual ones, S2A with every policy that the library has."""
     found = [Method(name, name, {}) for name in OTHERS]
     found += [Method(f"S2A {name}", "s2a", config) for name, config in available().items()]
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.module.modules()):
         found.append(Method("S2A keep, BatchNorm trained", "s2a", BATCH_NORM_TRAINED))
-    return found
+    if wanted is None:
+        return found
+    found += [Method(title, method, config) for title, (method, config) in ON_REQUEST.items()]
+    return [method for method in found if method.title in wanted]
 
 
 @dataclass(frozen=True)
@@ -192,9 +202,8 @@ def run(options: argparse.Namespace) -> bool:
                 setting = Setting(name, dtype, options.batch)
                 file = f"pareto_{part}"
                 known = set() if options.fresh else done(file)
-                missing = [method for method in methods(build(name)) if key(setting, method) not in known]
-                if options.methods:
-                    missing = [method for method in missing if method.title in options.methods]
+                wanted = methods(build(name), options.methods)
+                missing = [method for method in wanted if key(setting, method) not in known]
                 if part == "time" and missing:
                     if late():
                         return failed
@@ -223,7 +232,9 @@ def main() -> None:
         "--models", nargs="+", choices=list(BUILDERS), default=["vit_b16", "swin_b", "resnet50", "dinov2_b"]
     )
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--methods", nargs="+", help="titles, such as 'S2A keep'; default: all")
+    parser.add_argument(
+        "--methods", nargs="+", help="titles, such as 'S2A keep', also of ON_REQUEST; default: the usual ones"
+    )
     parser.add_argument("--parts", nargs="+", choices=["memory", "time"], default=["memory", "time"])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks.results import read
-from benchmarks.summaries import CURVES, curves, method_name, pareto_records, spread
+from benchmarks.results import IMAGES, read
+from benchmarks.summaries import CURVES, curves, pareto_records, spread
+from benchmarks.titles import method_name
 from peft_s2a import Allocation
 
-IMAGES = Path(__file__).parent.parent / "docs" / "images"
 COLORS = {"exact": "tab:blue", "4 bits": "tab:orange"}
 
 

@@ -1,14 +1,20 @@
-"""JSON lines: one a result."""
+"""JSON lines: one a result. A rehearsal writes them, and all pictures, to a folder of its own."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+REHEARSAL = os.environ.get("PEFT_S2A_REHEARSAL")
+"""Folder of a rehearsal (`python -m benchmarks --quick`): models are small, and nothing is written elsewhere."""
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(REHEARSAL) if REHEARSAL else ROOT / "benchmarks" / "results"
+IMAGES = Path(REHEARSAL) if REHEARSAL else ROOT / "docs" / "images"
 Record = dict[str, Any]
 
 

@@ -10,23 +10,10 @@ from typing import Any
 
 from benchmarks.markdown import markdown_table
 from benchmarks.results import Record, read
+from benchmarks.titles import method_name
 
 CURVES = ("train_loss", "test_loss", "test_accuracy")
-TITLES = {
-    "full": "full fine-tuning",
-    "lora_qv": "LoRA q, v",
-    "bias_only": "bias only, stock torch",
-    "lora_checkpointing": "LoRA + checkpointing",
-}
-"""Names of the methods other than S2A."""
-
 GRADIENT_MODEL = "dinov2-small-saliency"
-
-
-def method_name(record: Record) -> str:
-    """What a method is called in a table or a plot."""
-    title: str = record["title"]
-    return TITLES.get(title, title)
 
 
 def spread(values: list[float]) -> float:

@@ -11,12 +11,12 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
+from benchmarks import comparison
+from benchmarks.claims import claims_table
 from benchmarks.integrations.table import integrations_table
 from benchmarks.markdown import markdown_table
-from benchmarks.results import Record, read
+from benchmarks.results import ROOT, Record, read
 from benchmarks.summaries import (
     allocation_costs_table,
     allocation_table,
@@ -28,34 +28,9 @@ from benchmarks.summaries import (
     pareto_table,
     whole_job_table,
 )
+from benchmarks.titles import TITLES, method_title, model_title
 
-ROOT = Path(__file__).parent.parent
 _MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-TITLES = {
-    "full": "full fine-tuning",
-    "bias_only": "bias only, stock torch",
-    "lora_all": "LoRA, all layers",
-    "lora_qv": "LoRA q, v",
-    "lora_checkpointing": "LoRA + checkpointing",
-    "linear_probe": "linear probe",
-}
-"""Names of the methods other than S2A, in the order of a table's columns; S2A comes last."""
-
-
-def method_title(record: Record) -> str:
-    """What a method is called in a table's header."""
-    if record["method"] != "s2a":
-        return TITLES[record["method"]]
-    bits: Any = record["bits"]
-    return "S2A, exact" if bits is None else f"S2A, {bits} bits" if isinstance(bits, int) else "S2A, mixed bits"
-
-
-def model_title(record: Record) -> str:
-    """What a model is called in a table's first column, with the BatchNorm mode where there are two."""
-    frozen = record["config"].get("train_batch_norm") is False
-    return record["model"] + (", frozen BatchNorm" if frozen else "")
 
 
 def memory_table(field: str, dtype: str = "float32", batch: int | None = None) -> str:
@@ -78,8 +53,8 @@ def memory_table(field: str, dtype: str = "float32", batch: int | None = None) -
         row, column = model_title(record), method_title(record)
         rows[row] = columns[column] = None
         cells[row, column] = f"{record[field]:.1f}"
-    known = [title for title in TITLES.values() if title in columns]
-    columns = dict.fromkeys([*known, *columns])
+    known = [TITLES[name] for name in MEMORY_METHODS if TITLES[name] in columns]
+    columns = dict.fromkeys([*known, *(column for column in columns if column.startswith("S2A,"))])
     return markdown_table(
         ["MB per image", *columns], [[row, *[cells.get((row, column), "–") for column in columns]] for row in rows]
     )
@@ -105,6 +80,16 @@ def ratio_table() -> str:
     return markdown_table(["MB per image", *RATIO_COLUMNS, "bias only / S2A"], rows)
 
 
+MEMORY_METHODS = (
+    "full",
+    "bias_only",
+    "vpt_deep",
+    "adapter",
+    "lora_all",
+    "lora_qv",
+    "lora_checkpointing",
+    "linear_probe",
+)
 RATIO_COLUMNS = ("full fine-tuning", "LoRA q, v", "bias only, stock torch", "S2A, 4 bits")
 
 LAYOUT_MODELS = ("dinov2-small-saliency", "dinov2-small-registers", "swin-trained", "swin-random")
@@ -146,6 +131,8 @@ def cards_table(dtype: str = "float32") -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    **comparison.TABLES,
+    "claims": claims_table,
     "planning-accuracy": accuracy_table,
     "planning-cards": cards_table,
     "integrations": integrations_table,

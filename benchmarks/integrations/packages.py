@@ -6,6 +6,7 @@ import copy
 import io
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from benchmarks.integrations.cases import Case, or_the_base
 from benchmarks.integrations.setting import Refused, Setting, gradients, relative_error, scores
+from benchmarks.quantized import quantize_linear
 
 
 def _inside(setting: Setting) -> Callable[[nn.Module, str], bool]:
@@ -72,25 +74,7 @@ def _torchao(**settings: Any) -> Case:
 
 
 def _bitsandbytes(four_bits: bool) -> Case:
-    def quantize(model: nn.Module, is_linear: Callable[[nn.Module, str], bool]) -> None:
-        import bitsandbytes
-
-        for name, layer in list(model.named_modules()):
-            if not is_linear(layer, name):
-                continue
-            sizes = (layer.in_features, layer.out_features, layer.bias is not None)
-            if four_bits and (layer.in_features % 64 or layer.out_features % 32):
-                continue  # smaller than what the kernel of bitsandbytes for CPUs takes
-            made = (
-                bitsandbytes.nn.Linear4bit(*sizes, quant_type="nf4", compute_dtype=torch.float32)
-                if four_bits
-                else bitsandbytes.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
-            )
-            made.load_state_dict(layer.state_dict())
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, made.to("cpu").train(layer.training))
-
-    return _quantized(quantize)
+    return _quantized(partial(quantize_linear, four_bits=four_bits))
 
 
 def onnx(setting: Setting) -> None:
