@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table: the first `left` columns to the left, the others to the right; a sentence if there are no rows."""
+    """A Markdown table: `left` columns to the left, the others to the right; a sentence if there are no rows."""
     if not rows:
         return "Not measured yet.\n"
     lines = [header, ["---"] * left + ["--:"] * (len(header) - left), *rows]
