@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 BIT_LEVELS = (1, 2, 3, 4, 6, 8)
@@ -34,7 +34,7 @@ ATTENTION_PARTS = ("query", "key", "value")
 WIDE_KINDS = ("source", "block", "other")
 """Kinds with 8 bits unless a mapping says otherwise: much else is made from them, or little is known of them."""
 
-POLICIES = ("keep", "rebuild", "recompute")
+POLICIES = ("keep", "rebuild", "recompute", "auto")
 
 REBUILT_KINDS = ("gelu", "silu", "pointwise", "attention", "product")
 """Kinds whose inputs can be rebuilt from a normalised input that is kept anyway."""
@@ -60,8 +60,9 @@ class ActivationSettings:
         rounding: `"nearest"` or `"stochastic"`.
         rebuilt: kinds of `REBUILT_KINDS` that keep how their input is rebuilt, where that is known, in place of codes.
         recompute_blocks: whether a block keeps its input alone and runs again in backward.
-        instances: bits of single operators by name (`table/calls.py`), which go before those of their kind; None where
-            kinds alone count: names are then not made.
+        instances: bits of single operators by name (`table/calls.py`), which go before those of their kind, 0 for one
+            that is rebuilt; None where kinds alone count: names are then not made.
+        optional: kinds of `REBUILT_KINDS` whose operators may be rebuilt one by one, where `allocated` says so.
     """
 
     bits: Mapping[str, int | None] = field(default_factory=dict)
@@ -70,6 +71,7 @@ class ActivationSettings:
     rebuilt: frozenset[str] = frozenset()
     recompute_blocks: bool = False
     instances: Mapping[str, int | None] | None = None
+    optional: frozenset[str] = frozenset()
 
     @classmethod
     def from_config(
@@ -88,7 +90,7 @@ class ActivationSettings:
         Raises:
             ValueError: for bits outside `BIT_LEVELS`, an unknown kind, backend, policy or rounding.
         """
-        rebuilt, recompute_blocks = _parse_policy(activation_policy)
+        rebuilt, optional, recompute_blocks = _parse_policy(activation_policy)
         if activation_backend not in BACKENDS:
             raise ValueError(f"activation_backend={activation_backend!r} is not one of {', '.join(BACKENDS)}.")
         if activation_rounding not in ROUNDINGS:
@@ -115,20 +117,49 @@ class ActivationSettings:
                     f"activation_bits for {kind!r} is {num_bits!r}; use one of {', '.join(map(str, BIT_LEVELS))}, "
                     "or None to keep exact activations."
                 )
-        return cls(bits, activation_backend, activation_rounding, rebuilt, recompute_blocks)
+        return cls(
+            bits, activation_backend, activation_rounding, rebuilt, recompute_blocks, instances=None, optional=optional
+        )
 
     def bits_of(self, kind: str) -> int | None:
         """Bits of the operators of a kind, or of a part of an attention."""
         return self.bits.get("attention" if kind in ATTENTION_PARTS and kind not in self.bits else kind)
 
+    @property
+    def rebuilds(self) -> bool:
+        """Whether some operator is rebuilt or may be."""
+        return bool(self.rebuilt or self.optional)
 
-def _parse_policy(policy: str | Mapping[str, str]) -> tuple[frozenset[str], bool]:
-    """Kinds that are rebuilt, and whether blocks are recomputed."""
+    def allocated(self, bits: Mapping[str, int]) -> ActivationSettings:
+        """These settings with bits of groups, by kind or by name of an operator; those with 0 bits are rebuilt.
+
+        An operator of a kind that is rebuilt keeps codes all the same where its input's origin is not known; they have
+        the bits of these settings.
+        """
+        kinds = {name: b for name, b in bits.items() if ":" not in name}
+        instances: dict[str, int | None] = {name: b for name, b in bits.items() if ":" in name}
+        again = {rebuilt_kind(kind) for kind, b in kinds.items() if not b}
+        return replace(
+            self,
+            bits={**self.bits, **{kind: b or self.bits_of(kind) for kind, b in kinds.items()}},
+            rebuilt=self.rebuilt | again,
+            instances=instances or None,
+        )
+
+
+def rebuilt_kind(kind: str) -> str:
+    """The kind of `REBUILT_KINDS` that a kind belongs to: a part of an attention is rebuilt as one."""
+    return "attention" if kind in ATTENTION_PARTS else kind
+
+
+def _parse_policy(policy: str | Mapping[str, str]) -> tuple[frozenset[str], frozenset[str], bool]:
+    """Kinds that are rebuilt, those that may be, and whether blocks are recomputed."""
     if isinstance(policy, str):
         if policy not in POLICIES:
             raise ValueError(f"activation_policy={policy!r} is not one of {', '.join(POLICIES)}.")
-        return frozenset(REBUILT_KINDS if policy == "rebuild" else ()), policy == "recompute"
-    choices = dict.fromkeys(REBUILT_KINDS, ("keep", "rebuild")) | {"block": ("keep", "recompute")}
+        every, none = frozenset(REBUILT_KINDS), frozenset[str]()
+        return every if policy == "rebuild" else none, every if policy == "auto" else none, policy == "recompute"
+    choices = dict.fromkeys(REBUILT_KINDS, ("keep", "rebuild", "auto")) | {"block": ("keep", "recompute")}
     for kind, value in policy.items():
         if kind not in choices:
             raise ValueError(f"activation_policy has the unknown kind {kind!r}; known are {', '.join(choices)}.")
@@ -136,5 +167,5 @@ def _parse_policy(policy: str | Mapping[str, str]) -> tuple[frozenset[str], bool
             raise ValueError(
                 f"activation_policy for {kind!r} is {value!r}; it can be {' or '.join(map(repr, choices[kind]))}."
             )
-    rebuilt = frozenset(kind for kind, value in policy.items() if value == "rebuild")
-    return rebuilt, policy.get("block") == "recompute"
+    rebuilt, optional = (frozenset(k for k, value in policy.items() if value == name) for name in ("rebuild", "auto"))
+    return rebuilt, optional, policy.get("block") == "recompute"
