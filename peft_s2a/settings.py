@@ -63,6 +63,7 @@ class ActivationSettings:
         instances: bits of single operators by name (`table/calls.py`), which go before those of their kind, 0 for one
             that is rebuilt; None where kinds alone count: names are then not made.
         optional: kinds of `REBUILT_KINDS` whose operators may be rebuilt one by one, where `allocated` says so.
+        bits_again: bits, in place of `bits`, inside a block that runs again in backward.
     """
 
     bits: Mapping[str, int | None] = field(default_factory=dict)
@@ -72,6 +73,7 @@ class ActivationSettings:
     recompute_blocks: bool = False
     instances: Mapping[str, int | None] | None = None
     optional: frozenset[str] = frozenset()
+    bits_again: Mapping[str, int | None] = field(default_factory=dict)
 
     @classmethod
     def from_config(
@@ -84,8 +86,8 @@ class ActivationSettings:
         """Settings from the fields of `S2AConfig`.
 
         A number holds for every kind of operator but those of `WIDE_KINDS`, which have 8 bits. Where blocks are
-        recomputed it holds for their inputs: what operators keep lives while one block runs, and has 8 bits. A mapping
-        sets some kinds and leaves the others as the number 4 does; `None` is exact.
+        recomputed it holds for their inputs too: what operators inside them keep lives while one block runs again, and
+        has 8 bits. A mapping sets some kinds and leaves the others as the number 4 does; `None` is exact.
 
         Raises:
             ValueError: for bits outside `BIT_LEVELS`, an unknown kind, backend, policy or rounding.
@@ -96,16 +98,19 @@ class ActivationSettings:
         if activation_rounding not in ROUNDINGS:
             raise ValueError(f"activation_rounding={activation_rounding!r} is not one of {', '.join(ROUNDINGS)}.")
         common = 4 if isinstance(activation_bits, Mapping) else activation_bits
-        bits: dict[str, Any] = {}
-        for kind in OPERATOR_KINDS:
-            is_wide = (kind != "block") if recompute_blocks else (kind in WIDE_KINDS)
-            bits[kind] = 8 if is_wide and common is not None else common
+        wide = None if common is None else 8
+        bits: dict[str, Any] = {
+            kind: wide if kind in WIDE_KINDS and not (kind == "block" and recompute_blocks) else common
+            for kind in OPERATOR_KINDS
+        }
+        again: dict[str, Any] = dict.fromkeys(OPERATOR_KINDS, wide) if recompute_blocks else {}
         if isinstance(activation_bits, Mapping):
             known = (*OPERATOR_KINDS, *ATTENTION_PARTS)
             unknown = sorted(set(activation_bits) - set(known))
             if unknown:
                 raise ValueError(f"activation_bits has unknown operator kinds {unknown}; known are {', '.join(known)}.")
             bits.update(activation_bits)
+            again.update(activation_bits if recompute_blocks else {})
             if "auto" in bits.values():
                 raise ValueError(
                     "activation_bits='auto' stands for all kinds of operators together: set it in place of a mapping, "
@@ -118,12 +123,19 @@ class ActivationSettings:
                     "or None to keep exact activations."
                 )
         return cls(
-            bits, activation_backend, activation_rounding, rebuilt, recompute_blocks, instances=None, optional=optional
+            bits,
+            activation_backend,
+            activation_rounding,
+            rebuilt,
+            recompute_blocks,
+            optional=optional,
+            bits_again=again,
         )
 
-    def bits_of(self, kind: str) -> int | None:
-        """Bits of the operators of a kind, or of a part of an attention."""
-        return self.bits.get("attention" if kind in ATTENTION_PARTS and kind not in self.bits else kind)
+    def bits_of(self, kind: str, again: bool = False) -> int | None:
+        """Bits of the operators of a kind, or of a part of an attention; `again`: in a block that runs again."""
+        bits = self.bits_again or self.bits if again else self.bits
+        return bits.get("attention" if kind in ATTENTION_PARTS and kind not in bits else kind)
 
     @property
     def rebuilds(self) -> bool:

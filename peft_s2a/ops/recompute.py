@@ -7,6 +7,7 @@ wait for them (distributed training) fire once, when they are complete.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ class RecomputeFunction(torch.autograd.Function):
             torch.enable_grad(),
             torch.autocast(ctx.device.type, **ctx.autocast),
             replayed_rng(state, ctx.device),
+            _running_again(),
             short_products(not isinstance(ctx.codec, IdentityCodec)),
             _unchanged_statistics(ctx.call.block),
         ):
@@ -97,6 +99,27 @@ class RecomputeFunction(torch.autograd.Function):
             found = iter(torch.autograd.grad(roots, wanted, root_grads, allow_unused=True))
         given = (next(found) if t.requires_grad else None for t in (*inputs, *ctx.parameters))
         return None, None, None, None, None, *given
+
+
+class _State(threading.local):
+    again = False
+
+
+_STATE = _State()
+
+
+@contextmanager
+def _running_again() -> Iterator[None]:
+    before, _STATE.again = _STATE.again, True
+    try:
+        yield
+    finally:
+        _STATE.again = before
+
+
+def runs_again() -> bool:
+    """Whether this thread is inside a block's second run."""
+    return _STATE.again
 
 
 def _autocast_state(device: torch.device) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ..codecs.affine import ROW, GroupAffineCodec
 from ..ops.lineage import LineageBook, Node, Origin, origin_of
 from ..ops.overwriting import Overwriting
 from ..ops.recipes import RecipeBook
+from ..ops.recompute import runs_again
 from ..ops.scaled import ScaledTensors
 from ..settings import ActivationSettings, rebuilt_kind
 from .calls import OperatorCalls, instance_name
@@ -51,9 +52,12 @@ class Context:
         """Bits of the operator of this kind in the present call of a torch function."""
         instances = self.settings.instances
         if instances is None:
-            return self.settings.bits_of(kind)
+            return self._bits_of(kind)
         name = self.calls.name(kind)
-        return self.settings.bits_of(kind) if name is None else self._instance_bits(name, kind)
+        return self._bits_of(kind) if name is None else self._instance_bits(name, kind)
+
+    def _bits_of(self, kind: str) -> int | None:
+        return self.settings.bits_of(kind, again=runs_again())
 
     def name(self, kind: str) -> str:
         """Name of the operator of this kind in the present call; `""` where there are none."""
@@ -62,9 +66,9 @@ class Context:
     def _instance_bits(self, name: str, kind: str) -> int | None:
         instances = self.settings.instances or {}
         if name not in instances:
-            return self.settings.bits_of(kind)
+            return self._bits_of(kind)
         if instances[name] == 0:  # rebuilt, and kept all the same where its origin is not known
-            return self.settings.bits_of(kind) or 8
+            return self._bits_of(kind) or 8
         return instances[name]
 
     def count(self, kind: str, numel: int) -> None:
