@@ -183,12 +183,10 @@ def _recomputed_backward(
     for start, stop in piece_bounds(items, step):
         inputs = ctx.heads.decode(kept, leaves, ctx.shapes, ctx.compute_dtype, (start, stop))
         if by_formula:
-            grad = grad_output[start:stop].to(ctx.compute_dtype)
             q, k, v = inputs
-            parts = gradients_by_heads(q, k, v, _of_items(mask, start, stop), ctx.options, grad)
-            for target, part in zip(grads, parts, strict=True):
-                if target is not None:
-                    target[start:stop] = part
+            grad = grad_output[start:stop].to(ctx.compute_dtype)
+            targets = [None if target is None else target[start:stop] for target in grads]
+            gradients_by_heads(q, k, v, _of_items(mask, start, stop), ctx.options, grad, targets)
             continue
         inputs = [t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=False)]
         piece_mask = _of_items(mask, start, stop)

@@ -8,6 +8,7 @@ Unlike torch's it holds probabilities: it is for a few heads at a time.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from ..pieces import piece_bounds
 MAX_SCORES = 1 << 19
 """L x S of a head up to which the formula is faster on a CPU than torch's attention and its backward."""
 
-PIECE_SCORES = 1 << 19
-"""Scores that are there at a time on a CPU: 2 MB of float32, twice."""
+PIECE_SCORES = 3 << 17
+"""Scores that are there at a time on a CPU: 1.5 MB of float32, twice."""
 
 
 def prefers_formula(
@@ -86,20 +87,23 @@ def attention_gradients(
 
 
 def gradients_by_heads(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any], grad_output: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`attention_gradients`, as many heads at a time as `PIECE_SCORES` allows."""
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options: dict[str, Any],
+    grad_output: Tensor,
+    grads: Sequence[Tensor | None],
+) -> None:
+    """Writes `attention_gradients` to those of `grads` that there are, a few heads at a time (`PIECE_SCORES`)."""
     items, heads, length, _ = query.shape
     groups = key.shape[1]
+    shared = heads // max(groups, 1)
     pieces = min(groups, math.ceil(items * heads * length * key.shape[2] / PIECE_SCORES))
-    if pieces <= 1:
-        return attention_gradients(query, key, value, mask, options, grad_output)
-    shared = heads // groups
-    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    for start, stop in piece_bounds(heads, math.ceil(groups / pieces) * shared):
+    for start, stop in piece_bounds(heads, math.ceil(groups / max(pieces, 1)) * shared):
         q, k = slice(start, stop), slice(start // shared, stop // shared)
         piece_mask = mask if mask is None or mask.dim() < 3 or mask.shape[-3] == 1 else mask[..., q, :, :]
         found = attention_gradients(query[:, q], key[:, k], value[:, k], piece_mask, options, grad_output[:, q])
         for grad, part, place in zip(grads, found, (q, k, k), strict=True):
-            grad[:, place] = part
-    return grads
+            if grad is not None:
+                grad[:, place] = part
