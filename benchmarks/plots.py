@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from benchmarks.results import IMAGES, read
 from benchmarks.summaries import CURVES, curves, pareto_records, spread
 from benchmarks.titles import method_name
+from benchmarks.transfer_plan import BACKBONES
+from benchmarks.transfer_tables import points
 from peft_s2a import Allocation
 
 COLORS = {"exact": "tab:blue", "4 bits": "tab:orange"}
@@ -104,7 +106,29 @@ def plot_allocation() -> None:
         Allocation.from_dict(allocation).plot(IMAGES / f"allocation-{model}.png")
 
 
-PLOTS = {"curves": plot_curves, "pareto": plot_pareto, "allocation": plot_allocation}
+def plot_transfer() -> None:
+    """Mean accuracy over the data sets against peak, with the spread between seeds; one picture a backbone."""
+    for model in BACKBONES:
+        found = points(model)
+        if not found:
+            continue
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots()
+        for title, peak, mean, deviation, own in found:
+            axes.errorbar(peak, mean, deviation, color="tab:red" if own else "tab:gray", marker="o", capsize=3)
+            axes.annotate(title, (peak, mean), (4, 4), textcoords="offset points", fontsize=8)
+        axes.set_xscale("log")
+        axes.set_xlim(min(point[1] for point in found) / 1.2, max(point[1] for point in found) * 2)
+        axes.set(
+            xlabel="peak of a step above the loaded model, MB per image",
+            ylabel="accuracy, mean over the data sets",
+            title=f"{model}: upper left is better",
+        )
+        axes.grid(alpha=0.3, which="both")
+        figure.savefig(IMAGES / f"transfer-{model}.png", dpi=110)
+
+
+PLOTS = {"curves": plot_curves, "pareto": plot_pareto, "allocation": plot_allocation, "transfer": plot_transfer}
 
 
 def main() -> None:

@@ -32,6 +32,9 @@ from benchmarks.summaries import (
     whole_job_table,
 )
 from benchmarks.titles import TITLES, method_title, model_title
+from benchmarks.transfer_plan import BACKBONES
+from benchmarks.transfer_tables import accuracy_table as transfer_table
+from benchmarks.transfer_tables import rates_table, summary_table
 
 _MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -93,6 +96,37 @@ MEMORY_METHODS = (
     "lora_checkpointing",
     "linear_probe",
 )
+
+
+def peers_table(batch: int = 8) -> str:
+    """Methods down; kept and peak of some models, and how many times S2A's at 4 bits that is."""
+    newest: dict[str, dict[str, Record]] = {}
+    for record in read("memory"):
+        plain = record["dtype"] == "float32" and set(record["config"]) <= {"activation_bits", "train_batch_norm"}
+        if plain and record["batch"] == batch and record["model"] in PEER_MODELS:
+            newest.setdefault(method_title(record), {})[record["model"]] = record
+    reference = newest.get("S2A, 4 bits", {})
+    rows = []
+    for title in [*TITLES.values(), "S2A, 4 bits"]:
+        cells = []
+        for model in PEER_MODELS:
+            record, own = newest.get(title, {}).get(model), reference.get(model)
+            for field in ("kept_mb_per_image", "peak_mb_per_image"):
+                if record is None or record[field] is None:
+                    cells.append("–")
+                elif own is None or own is record:
+                    cells.append(f"{record[field]:.1f}")
+                else:
+                    cells.append(f"{record[field]:.1f} ({record[field] / own[field]:.1f}x)")
+            share = "–" if record is None else f"{100 * record['trainable_without_head'] / record['parameters']:.2f}"
+            cells.append(share)
+        if any(cell != "–" for cell in cells):
+            rows.append([title, *cells])
+    header = [f"{model}: {what}" for model in PEER_MODELS for what in ("kept", "peak", "trained, %")]
+    return markdown_table(["MB per image", *header], rows)
+
+
+PEER_MODELS = ("vit_b16", "swin_b")
 RATIO_COLUMNS = ("full fine-tuning", "LoRA q, v", "bias only, stock torch", "S2A, 4 bits")
 
 LAYOUT_MODELS = ("dinov2-small-saliency", "dinov2-small-registers", "swin-trained", "swin-random")
@@ -151,6 +185,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "allocation-costs": allocation_costs_table,
     **{f"allocation-{model}": partial(allocation_table, model) for model in GRADIENT_MODELS},
     "leak": leak_table,
+    "memory-peers": peers_table,
+    "transfer-summary": lambda: summary_table(tuple(BACKBONES)),
+    **{f"transfer-{model}": partial(transfer_table, model) for model in BACKBONES},
+    **{f"transfer-rates-{model}": partial(rates_table, model) for model in BACKBONES},
     **{f"layouts-{model}": partial(layouts_table, model) for model in LAYOUT_MODELS},
     **{f"gradient-error-{model}": partial(gradient_error_table, model) for model in GRADIENT_MODELS},
     **{f"pareto-{model}-{dtype}": partial(pareto_table, model, dtype) for model in PARETO_MODELS for dtype in DTYPES},

@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--image_size", type=int, help="default: 56 (DINOv2), 96 (EfficientNet), else the model's own")
     parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--max_train_samples", type=int, default=320, help="0: all")
     parser.add_argument("--max_test_samples", type=int, default=250, help="0: all")
     parser.add_argument("--rates", type=json.loads, default={}, help='JSON, such as {"full": [1e-5, 1e-4]}')

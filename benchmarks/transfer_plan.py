@@ -32,28 +32,27 @@ class Variant:
 _AUTO = {"activation_bits": "auto", "activation_groups": "instance"}
 _NO_BIAS, _NO_PROMPT, _NO_SIDE = {"use_bias": False}, {"prompt_rank": 0}, {"side_reduction": 0}
 _EXACT = {"activation_bits": None}
-_LORA = (5e-4, 1.5e-3, 5e-3)
-_S2A = (1e-3, 3e-3, 1e-2)
+_LOW, _MIDDLE, _HIGH = (3e-4, 1e-3, 3e-3), (5e-4, 1.5e-3, 5e-3), (1e-3, 3e-3, 1e-2)
 
 VARIANTS: dict[str, Variant] = {
     "full": Variant("full fine-tuning", "full", (6e-6, 2e-5, 6e-5)),
-    "s2a_exact": Variant("S2A, exact", "s2a", _S2A, _EXACT),
+    "s2a_exact": Variant("S2A, exact", "s2a", _LOW, _EXACT),
     "s2a_4": Variant("S2A, 4 bits", "s2a", (), {"activation_bits": 4}, ("s2a_exact",)),
-    "linear_probe": Variant("linear probe", "linear_probe", _LORA),
-    "bias_only": Variant("bias only, stock torch", "bias_only", _S2A),
-    "lora_qv": Variant("LoRA q, v", "lora_qv", _LORA),
-    "lora_all": Variant("LoRA, all layers", "lora_all", _LORA),
-    "vpt_deep": Variant("VPT-deep", "vpt_deep", _S2A),
-    "adapter": Variant("bottleneck adapter", "adapter", _LORA),
+    "linear_probe": Variant("linear probe", "linear_probe", _MIDDLE),
+    "bias_only": Variant("bias only, stock torch", "bias_only", _LOW),
+    "lora_qv": Variant("LoRA q, v", "lora_qv", _LOW),
+    "lora_all": Variant("LoRA, all layers", "lora_all", _LOW),
+    "vpt_deep": Variant("VPT-deep", "vpt_deep", _HIGH),
+    "adapter": Variant("bottleneck adapter", "adapter", _LOW),
     "s2a_4_rebuild": Variant(
         "S2A, 4 bits, rebuild", "s2a", (), {"activation_bits": 4, "activation_policy": "rebuild"}, ("s2a_exact",)
     ),
     "lora_checkpointing": Variant("LoRA + checkpointing", "lora_checkpointing", (), {}, ("lora_qv", "lora_all")),
-    "lora_fa": Variant("LoRA-FA", "lora_fa", _LORA),
-    "velora": Variant("VeLoRA", "velora", _LORA),
-    "s2a_bias": Variant("S2A, biases alone, exact", "s2a", _S2A, _EXACT | _NO_PROMPT | _NO_SIDE),
-    "s2a_prompt": Variant("S2A, prompts alone, exact", "s2a", _S2A, _EXACT | _NO_BIAS | _NO_SIDE),
-    "s2a_side": Variant("S2A, side branches alone, exact", "s2a", _S2A, _EXACT | _NO_BIAS | _NO_PROMPT),
+    "lora_fa": Variant("LoRA-FA", "lora_fa", _LOW),
+    "velora": Variant("VeLoRA", "velora", _LOW),
+    "s2a_bias": Variant("S2A, biases alone, exact", "s2a", _LOW, _EXACT | _NO_PROMPT | _NO_SIDE),
+    "s2a_prompt": Variant("S2A, prompts alone, exact", "s2a", _LOW, _EXACT | _NO_BIAS | _NO_SIDE),
+    "s2a_side": Variant("S2A, side branches alone, exact", "s2a", _LOW, _EXACT | _NO_BIAS | _NO_PROMPT),
     "s2a_auto_4": Variant("S2A, auto, 4 bits", "s2a", (), _AUTO | {"activation_target_bits": 4}, ("s2a_exact",)),
     "s2a_auto_3": Variant("S2A, auto, 3 bits", "s2a", (), _AUTO | {"activation_target_bits": 3}, ("s2a_exact",)),
 }
@@ -98,18 +97,18 @@ def jobs(
         seeds: the first one is also the searches'.
         rates: learning rates that replace those of `VARIANTS` and `BACKBONES`, by variant.
     """
-    tiers = [[name for name in tier if name in names] for tier in TIERS]
     models = list(dict.fromkeys(setting["model"] for setting in settings))
-    for tier in tiers:
+    for tier in TIERS:
+        wanted = [name for name in tier if name in names]
+        sources = dict.fromkeys(source for name in wanted for source in searched(name))
         for model in models:
-            for number, seed in enumerate(seeds):
+            for seed in seeds:
                 for setting in (setting for setting in settings if setting["model"] == model):
-                    if number == 0:
-                        for name in dict.fromkeys(source for name in tier for source in searched(name)):
-                            for rate in rates_of(name, model, rates):
-                                search = {"stage": "validation", "variant": name, "learning_rate": rate, "seed": seed}
-                                yield {**setting, **search}
-                    for name in tier:
+                    for source in sources if seed == seeds[0] else ():
+                        for rate in rates_of(source, model, rates):
+                            search = {"stage": "validation", "variant": source, "learning_rate": rate}
+                            yield {**setting, **search, "seed": seed}
+                    for name in wanted:
                         yield {**setting, "stage": "test", "variant": name, "seed": seed}
 
 

@@ -5,7 +5,7 @@ Importing the package registers the method with PEFT: `get_peft_model(model, S2A
 """
 
 from .codecs.backend import explain_backend
-from .integrations import MemoryReportCallback
+from .integrations import MemoryReportCallback, push_to_hub, update_model_card
 from .memory import Plan, coverage_report, peak_step_bytes, saved_activation_bytes
 from .precision import Allocation
 from .settings import ActivationSettings
@@ -30,5 +30,7 @@ __all__ = [
     "explain_backend",
     "peak_step_bytes",
     "plan",
+    "push_to_hub",
     "saved_activation_bytes",
+    "update_model_card",
 ]

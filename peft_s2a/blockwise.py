@@ -81,7 +81,7 @@ class BlockForward:
             bits = self.interceptor.block_bits(self.block, x.numel())
             return recompute(self._in_mode, self.block, args, kwargs, x, bits, settings.rounding)
 
-        size = self._items_per_piece(x, leaves, "recompute" if again else "rebuild" if settings.rebuilt else "keep")
+        size = self._items_per_piece(x, leaves, "recompute" if again else "rebuild" if settings.rebuilds else "keep")
         if size >= len(x) or not self._can_split(x, leaves, spec):
             return run(*args, **kwargs)
 

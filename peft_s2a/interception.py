@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from .ops.leftovers import LeftoverHooks
+from .ops.lineage import Origin
 from .settings import ActivationSettings
 from .table import FORWARD_ONLY, GROWING, METADATA, RULES, TABLE, Context, record_lineage
 from .table.calls import OperatorCalls, plain_path
@@ -194,16 +195,16 @@ class ActivationInterceptor:
         return next((name for name, known in self._modes.items() if known is mode), None)
 
     @contextmanager
-    def counting(self, adapter_name: str) -> Iterator[tuple[dict[str, int], Callable[[], str]]]:
+    def counting(self, adapter_name: str) -> Iterator[tuple[dict[str, int], dict[str, Origin], Callable[[], str]]]:
         """Counts elements that operators keep; needs settings with `instances`.
 
-        Gives elements by operator, of those that say it themselves, and a function that tells which of the others, in
-        this thread, is running.
+        Gives elements by operator, of those that say it themselves, what operators that may be rebuilt are made from,
+        and a function that tells which of the others, in this thread, is running.
         """
         context = self._modes[adapter_name].context
         context.kept = {}
         try:
-            yield context.kept, lambda: context.calls.current
+            yield context.kept, context.origins, lambda: context.calls.current
         finally:
             context.kept = None
 

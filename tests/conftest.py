@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
-import timm
 import torch
-import torchvision
 import transformers as T
 from torch import nn
 
@@ -40,7 +39,13 @@ class Family:
         return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
+def _timm(name: str, **options: Any) -> nn.Module:
+    """A model of timm; the test is skipped where timm is not installed."""
+    return pytest.importorskip("timm").create_model(name, num_classes=3, **options)
+
+
 def _timm_wrapper() -> nn.Module:
+    pytest.importorskip("timm")
     config = T.TimmWrapperConfig(architecture="resnet18", model_args=RESNET_WIDTHS, num_labels=3)
     return T.TimmWrapperForImageClassification(config)
 
@@ -58,24 +63,16 @@ def _convnext_config() -> T.ConvNextConfig:
 
 
 def _timm_vit() -> nn.Module:
-    return timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3
-    )
+    return _timm("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
 
 
 def _timm_swin() -> nn.Module:
-    return timm.create_model(
-        "swin_tiny_patch4_window7_224",
-        img_size=32,
-        window_size=2,
-        embed_dim=16,
-        depths=(1, 2),
-        num_heads=(2, 2),
-        num_classes=3,
-    )
+    sizes = {"img_size": 32, "window_size": 2, "embed_dim": 16, "depths": (1, 2), "num_heads": (2, 2)}
+    return _timm("swin_tiny_patch4_window7_224", **sizes)
 
 
 def _torchvision_vit() -> nn.Module:
+    torchvision = pytest.importorskip("torchvision")
     model = torchvision.models.VisionTransformer(
         image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=3
     )
@@ -110,22 +107,18 @@ FAMILIES = {
     "timm-vit": Family(_timm_vit, head="head"),
     "timm-swin": Family(_timm_swin, head="head.fc", layout="channels_last"),
     "timm-resnet": Family(
-        lambda: timm.create_model(
-            "resnet18", **RESNET_WIDTHS, layers=[1, 1, 1, 1], num_classes=3, zero_init_last=False
-        ),
+        lambda: _timm("resnet18", **RESNET_WIDTHS, layers=[1, 1, 1, 1], zero_init_last=False),
         head="fc",
         image_size=64,
         layout="channels_first",
     ),
     "timm-convnext": Family(
-        lambda: timm.create_model("convnext_tiny", dims=(16, 16, 32, 32), depths=(1, 2, 1, 1), num_classes=3),
+        lambda: _timm("convnext_tiny", dims=(16, 16, 32, 32), depths=(1, 2, 1, 1)),
         head="head.fc",
         image_size=64,
         layout="channels_first",
     ),
-    "timm-efficientnet": Family(
-        lambda: timm.create_model("efficientnet_b0", num_classes=3), image_size=64, layout="channels_first"
-    ),
+    "timm-efficientnet": Family(lambda: _timm("efficientnet_b0"), image_size=64, layout="channels_first"),
     "torchvision-vit": Family(_torchvision_vit, head="heads"),
 }
 

@@ -20,6 +20,7 @@ from peft_s2a.blockwise import BlockForward
 from peft_s2a.codecs.affine import GroupAffineCodec
 from peft_s2a.memory import saved_activation_bytes
 from peft_s2a.ops import recompute
+from peft_s2a.ops.recompute import runs_again
 
 VIT = {
     "hidden_size": 64,
@@ -114,6 +115,29 @@ def test_recompute_keeps_the_codes_of_the_blocks_inputs():
     x = images(2)
     sizes = {p: saved_activation_bytes(vit(activation_policy=p, side_reduction=0), x) for p in ("keep", "recompute")}
     assert sizes["recompute"] < 0.4 * sizes["keep"]
+
+
+def test_operators_outside_recomputed_blocks_have_the_bits_of_the_blocks_inputs():
+    x = images(2)
+    kept = {b: saved_activation_bytes(vit(activation_policy="recompute", activation_bits=b), x) for b in (4, 8)}
+    blocks = {
+        b: saved_activation_bytes(vit(activation_policy="recompute", activation_bits={"block": b}), x) for b in (4, 8)
+    }
+    assert kept[4] == blocks[4]  # what lies around the blocks has 4 bits with either
+    assert kept[8] - kept[4] > blocks[8] - blocks[4]
+
+
+def test_operators_inside_recomputed_blocks_have_8_bits(monkeypatch):
+    bits = []
+    encode = GroupAffineCodec.encode
+    monkeypatch.setattr(
+        GroupAffineCodec,
+        "encode",
+        lambda self, values: bits.append((runs_again(), self.num_bits)) or encode(self, values),
+    )
+    step(vit(activation_policy="recompute", side_reduction=0), images())
+    assert {b for again, b in bits if again} == {8}
+    assert {b for again, b in bits if not again} == {4}
 
 
 @pytest.mark.parametrize("policy", ["keep", "rebuild", "recompute"])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .backend import run
 from .base import Kept
-from .packing import pack, unpack
+from .packing import pack, unpack_numbers
 from .rounding import Rounding, round_codes, rounding_backend
 
 ROW = 1024
@@ -89,10 +89,14 @@ class GroupAffineCodec:
         return self.encode_rows(values.view(rows, self.row))
 
     def encode_rows(self, rows: Tensor) -> Kept:
-        """Encodes whole rows, `(R, row)`: two kernels, the second of which needs the whole of a group's range."""
-        scale, zero_point, inverse = run(self.backend, _ranges, self, rows)
-        packed: Tensor = run(rounding_backend(self.backend, self.rounding), _codes, self, rows, inverse, zero_point)
-        return packed, scale, zero_point
+        """Encodes whole rows, `(R, row)`."""
+        kept: Kept = run(rounding_backend(self.backend, self.rounding), GroupAffineCodec.rows_to_codes, self, rows)
+        return kept
+
+    def rows_to_codes(self, rows: Tensor) -> Kept:
+        """Encodes whole rows: a kernel, or part of one."""
+        scale, zero_point, inverse = _ranges(self, rows)
+        return _codes(self, rows, inverse, zero_point), scale, zero_point
 
     def decode(self, kept: Kept, numel: int, dtype: torch.dtype) -> Tensor:
         rows: Tensor = run(self.backend, _decode_rows, (self, dtype), *kept)
@@ -101,7 +105,7 @@ class GroupAffineCodec:
     def decode_rows(self, kept: Kept, dtype: torch.dtype) -> Tensor:
         """The values of whole rows, `(R, row)`: part of a kernel."""
         packed, scale, zero_point = kept
-        codes = unpack(packed, self.num_bits, self.row, self.group_size)
+        codes = unpack_numbers(packed, self.num_bits, self.row, self.group_size)
         return dequantize(codes, scale.unsqueeze(-1), zero_point.unsqueeze(-1), dtype).flatten(1)
 
 
@@ -111,7 +115,7 @@ def _decode_rows(spec: tuple[GroupAffineCodec, torch.dtype], *kept: Tensor) -> T
 
 
 def _ranges(codec: GroupAffineCodec, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    grouped = rows.unflatten(1, (rows.shape[1] // codec.group_size, codec.group_size)).float()
+    grouped = torch.unflatten(rows, 1, (rows.shape[1] // codec.group_size, codec.group_size)).float()
     if rows.numel() == 0:
         low = high = grouped.sum(-1)
     else:
@@ -121,6 +125,6 @@ def _ranges(codec: GroupAffineCodec, rows: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _codes(codec: GroupAffineCodec, rows: Tensor, inverse: Tensor, zero_point: Tensor) -> Tensor:
-    grouped = rows.unflatten(1, (rows.shape[1] // codec.group_size, codec.group_size))
+    grouped = torch.unflatten(rows, 1, (rows.shape[1] // codec.group_size, codec.group_size))
     codes = quantize(grouped, inverse.unsqueeze(-1), zero_point.unsqueeze(-1), codec.num_bits, codec.rounding)
     return pack(codes, codec.num_bits)

@@ -7,6 +7,7 @@ device. The first dimension of every tensor is dynamic: another batch size runs 
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 import types
@@ -48,6 +49,7 @@ class KernelReport:
 _compiled: dict[Hashable, Kernel] = {}
 _reports: dict[Hashable, KernelReport] = {}
 _failures: dict[str, str] = {}  # device and reason: after one failure nothing more is tried there
+_numbers = itertools.count()
 _lock = threading.RLock()
 
 
@@ -119,8 +121,9 @@ def _compile(kernel: Kernel, spec: Hashable) -> Kernel:
     def bound(*tensors: Tensor) -> Any:
         return kernel(spec, *tensors)
 
-    # a code object of its own: torch counts recompilations by code object, and gives up after a few
-    code = bound.__code__.replace(co_name=kernel.__name__)
+    # A code object of its own, by a name of its own: torch counts recompilations by code object, and gives up after a
+    # few; by name it remembers which numbers differed between calls, and would make variables of those in the spec.
+    code = bound.__code__.replace(co_name=f"{kernel.__name__}_{next(_numbers)}")
     own = types.FunctionType(code, bound.__globals__, kernel.__name__, None, bound.__closure__)
     # numbers that are kept in bfloat16 are rounded where the source says so, also in what is computed from them
     return torch.compile(own, fullgraph=True, options={"emulate_precision_casts": True})

@@ -18,7 +18,7 @@ from .affine import affine_range, dequantize, inverse_scale, quantize
 from .backend import compiles, run
 from .base import Kept
 from .chunked import chunk_bounds, collect_chunks
-from .packing import pack, packed_width, unpack
+from .packing import pack, packed_width, planes, unpack_numbers
 from .rounding import Rounding, rounding_backend
 
 
@@ -65,9 +65,8 @@ class ChannelAffineCodec:
         return collect_chunks(size, heads.numel(), bounds, lambda i, j: self._encode(heads[i // size : j // size]))
 
     def _encode(self, heads: Tensor) -> Kept:
-        scale, zero_point, inverse = run(self.backend, _ranges, self, heads)
-        packed: Tensor = run(self._rounding_backend, _codes, self, heads, inverse, zero_point)
-        return packed, scale, zero_point
+        kept: Kept = run(self._rounding_backend, _heads_to_codes, self, heads)
+        return kept
 
     def decode(self, kept: Kept, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
         tokens_first: Tensor = run(self.backend, _decode, (self, shape[1:], dtype), *kept)
@@ -78,6 +77,12 @@ def _rows(shape: Sequence[int]) -> int:
     """Rows that an item `(H, L, D)` is packed in: one for each token if that leaves no gaps."""
     heads, tokens, channels = shape
     return tokens if heads * channels % 8 == 0 else 1
+
+
+def _heads_to_codes(codec: ChannelAffineCodec, heads: Tensor) -> Kept:
+    """A kernel."""
+    scale, zero_point, inverse = _ranges(codec, heads)
+    return _codes(codec, heads, inverse, zero_point), scale, zero_point
 
 
 def _ranges(codec: ChannelAffineCodec, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,6 +111,14 @@ def _decode(spec: tuple[ChannelAffineCodec, tuple[int, int, int], torch.dtype], 
     items, rows = packed.shape[0], _rows((heads, tokens, channels))
     width = heads * tokens * channels // max(rows, 1)
     padded = width + (-width % 8)
-    codes = unpack(packed.view(items * rows, packed_width(padded, codec.num_bits)), codec.num_bits, padded)
-    codes = codes[:, :width].reshape(items, tokens, heads, channels)
+    packed = packed.view(items * rows, packed_width(padded, codec.num_bits))
+    if rows == tokens and width and torch.compiler.is_compiling():
+        # loops over the pieces of a row that are packed together, for scales too
+        pieces = planes(codec.num_bits)
+        codes = unpack_numbers(packed, codec.num_bits, width, width // pieces).view(
+            items, tokens, pieces, width // pieces
+        )
+        scale, zero_point = (t.reshape(items, 1, pieces, width // pieces) for t in (scale, zero_point))
+        return dequantize(codes, scale, zero_point, dtype).view(items, tokens, heads, channels)
+    codes = unpack_numbers(packed, codec.num_bits, padded)[:, :width].reshape(items, tokens, heads, channels)
     return dequantize(codes, scale.unsqueeze(1), zero_point.unsqueeze(1), dtype)

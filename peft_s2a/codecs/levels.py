@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .backend import run
 from .base import Kept
-from .packing import pack, unpack
+from .packing import pack, unpack_numbers
 
 Derivative = Callable[[Tensor], Tensor]
 
@@ -236,7 +236,7 @@ class DerivativeCodec:
     def decode_rows(self, kept: Kept) -> Tensor:
         """Derivatives of whole rows, `(R, 1024)` float32: part of a kernel."""
         packed, poison = kept
-        levels = _levels(self, unpack(packed, self.num_bits, ROW))
+        levels = _levels(self, unpack_numbers(packed, self.num_bits, ROW))
         return levels.add_(poison.float().unsqueeze(1))
 
 
@@ -282,10 +282,9 @@ def _levels(codec: DerivativeCodec, codes: Tensor) -> Tensor:
     """Levels, float32, of codes."""
     if torch.compiler.is_compiling() and 2**codec.num_bits <= MAX_COMPARISONS:
         first, *others = _level_list(codec.derivative, codec.num_bits)
-        numbers = codes.to(torch.int32)
-        levels = torch.full_like(numbers, first, dtype=torch.float32)
+        levels = torch.full_like(codes, first, dtype=torch.float32)
         for code, level in enumerate(others, start=1):
-            levels = torch.where(numbers >= code, level, levels)
+            levels = torch.where(codes >= code, level, levels)
         return levels
     table = _table(codec.derivative, codec.num_bits, codes.device).levels
     return table.index_select(0, codes.view(-1).to(torch.int32)).view(codes.shape)

@@ -37,7 +37,7 @@ def pack(codes: Tensor, num_bits: int) -> Tensor:
         plane = codes if num_bits == plane_bits else (codes >> offset) & (2**plane_bits - 1)
         if plane.shape[1] % per_byte:
             plane = plane.flatten(1)
-        packed, *others = plane.unflatten(1, (per_byte, plane.shape[1] // per_byte)).unbind(1)
+        packed, *others = torch.unflatten(plane, 1, (per_byte, plane.shape[1] // per_byte)).unbind(1)
         for i, piece in enumerate(others, start=1):
             shift = i * plane_bits
             # a sum of numbers is vectorised when compiled, a shift of bytes is not
@@ -53,6 +53,11 @@ def pack(codes: Tensor, num_bits: int) -> Tensor:
 def _to_bytes(codes: Tensor) -> Tensor:
     # from float32 by int32 is vectorised on a CPU, the direct one is not
     return codes if codes.dtype == torch.uint8 else codes.to(torch.int32).to(torch.uint8)
+
+
+def planes(num_bits: int) -> int:
+    """Pieces that a row is cut into so that each of them lies in one plane: 2 for 4 bits, 8 for 3 bits."""
+    return 8 // min(_PLANES[num_bits])
 
 
 def unpack(packed: Tensor, num_bits: int, width: int, group: int = 1) -> Tensor:
@@ -73,11 +78,48 @@ def unpack(packed: Tensor, num_bits: int, width: int, group: int = 1) -> Tensor:
             plane = part.reshape(shape)
         else:
             if group > 1 and shape[1] % per_byte == 0:
-                part = part.unflatten(1, (-1, group))
+                part = torch.unflatten(part, 1, (-1, group))
             shifts = torch.arange(0, 8, plane_bits, dtype=torch.uint8, device=packed.device)
             shifts = shifts.view(1, -1, *[1] * (part.dim() - 1))
             plane = (part.unsqueeze(1) >> shifts).bitwise_and_(2**plane_bits - 1).view(shape)
         codes = plane if codes is None else codes | (plane << offset)
+        start = stop
+        offset += plane_bits
+    assert codes is not None
+    return codes
+
+
+def unpack_numbers(packed: Tensor, num_bits: int, width: int, group: int = 1) -> Tensor:
+    """`unpack` to numbers for arithmetic: uint8, or float32 while compiling."""
+    if not torch.compiler.is_compiling():
+        return unpack(packed, num_bits, width, group)
+    shape = (packed.shape[0], width) if group == 1 else (packed.shape[0], width // group, group)
+    return _unpack_floats(packed, num_bits, width, group).view(shape)
+
+
+def _unpack_floats(packed: Tensor, num_bits: int, width: int, group: int) -> Tensor:
+    """Codes by float arithmetic, which compiled code vectorises; shifts of bytes it does not.
+
+    `(R, pieces, ...)`: every piece lies in one byte position of one plane, so that loops run over neighbouring bytes.
+    """
+    pieces = planes(num_bits)
+    size = width // pieces
+    inner = (size // group, group) if size % group == 0 else (size,)
+    codes: Tensor | None = None
+    start = offset = 0
+    for plane_bits in _PLANES[num_bits]:
+        stop = start + packed_width(width, plane_bits)
+        per_byte = 8 // plane_bits
+        plane = packed[:, start:stop].float().view(-1, 1, pieces // per_byte, *inner)
+        if per_byte > 1:
+            place = torch.arange(per_byte, device=packed.device).view(1, -1, 1, *[1] * len(inner))
+            factor: Tensor | float = 1.0
+            for i in range(1, per_byte):
+                factor = torch.where(place == i, 2.0 ** (-i * plane_bits), factor)
+            plane = torch.floor(plane * factor)
+            plane = plane - torch.floor(plane * 2.0**-plane_bits) * 2**plane_bits
+        plane = plane.reshape(-1, pieces, *inner)
+        codes = plane if codes is None else codes + plane * 2**offset
         start = stop
         offset += plane_bits
     assert codes is not None

@@ -20,7 +20,9 @@ from ..codecs.base import Kept
 from ..codecs.channel import HeadCodec
 from ..codecs.chunked import CPU_CHUNK, DEVICE_CHUNK
 from ..pieces import piece_bounds
+from .attention_gradient import attention_gradients, gradients_by_heads, items_by_formula, prefers_formula
 from .lineage import Program, Span
+from .memory_order import empty_in_order, memory_permutation
 from .recipes import Recipe, flatten_recipe, rebuild
 from .rng import replayed_rng, rng_state
 
@@ -88,6 +90,11 @@ class Heads:
         return found
 
 
+def _of_items(mask: Tensor | None, start: int, stop: int) -> Tensor | None:
+    """The mask of some items of the batch."""
+    return mask if mask is None or mask.dim() < 4 or mask.shape[0] == 1 else mask[start:stop]
+
+
 class AttentionFunction(torch.autograd.Function):
     """`softmax(q k^T scale + mask) v` on `(N, H, L, D)`; keeps what `heads` makes of q, k and v."""
 
@@ -105,6 +112,7 @@ class AttentionFunction(torch.autograd.Function):
         ctx.shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
         ctx.dtypes = query.dtype, key.dtype, value.dtype
         ctx.options = options
+        ctx.orders = tuple(memory_permutation(t) for t in (query, key, value))
         ctx.device = query.device
         state = rng_state(query.device) if options["dropout_p"] > 0 else None
         output = sdpa(query, key, value, attn_mask=mask, **options)
@@ -137,7 +145,7 @@ class AttentionFunction(torch.autograd.Function):
             mask = rest[0] if ctx.mask_tree is None else rebuild(ctx.mask_tree, rest)
         if torch.compiler.is_compiling():
             q, k, v = ctx.heads.decode(kept, leaves, ctx.shapes, ctx.compute_dtype, (0, ctx.shapes[0][0]))
-            found = _explicit_backward(q, k, v, mask, ctx.options, grad_output.to(ctx.compute_dtype))
+            found = attention_gradients(q, k, v, mask, ctx.options, grad_output.to(ctx.compute_dtype))
             grads = [g.to(d) if n else None for g, d, n in zip(found, ctx.dtypes, ctx.needs_input_grad, strict=False)]
             return *grads, None, None, None, None
         return *_recomputed_backward(ctx, kept, leaves, mask, state, grad_output), None, None, None
@@ -151,27 +159,42 @@ def _recomputed_backward(
     state: Tensor | None,
     grad_output: Tensor,
 ) -> list[Tensor | None]:
-    """Gradients of q, k, v and the mask from torch's own attention, run again piece by piece on the decoded tensors."""
+    """Gradients of q, k, v and the mask, piece by piece, from the decoded tensors.
+
+    By formula where that is faster, else from torch's own attention, which runs again.
+    """
     needs = ctx.needs_input_grad[:4]
     items = ctx.shapes[0][0]
     grads: list[Tensor | None] = [
-        torch.empty(shape, dtype=dtype, device=ctx.device) if need else None
-        for shape, dtype, need in zip(ctx.shapes, ctx.dtypes, needs, strict=False)
+        empty_in_order(shape, order, dtype, ctx.device) if need else None
+        for shape, order, dtype, need in zip(ctx.shapes, ctx.orders, ctx.dtypes, needs, strict=False)
     ]
     grad_mask: Tensor | None = None
-    # random numbers, and a gradient of the mask, belong to the whole batch
-    whole = state is not None or needs[3]
-    step = items if whole else _items_per_piece(ctx.shapes[0], ctx.shapes[1], ctx.device)
+    by_formula = not needs[3] and prefers_formula(
+        ctx.shapes[0], ctx.shapes[1], ctx.compute_dtype, ctx.device, ctx.options
+    )
+    if by_formula:
+        step = items_by_formula(ctx.shapes[0], ctx.shapes[1])
+    elif state is not None or needs[3]:  # random numbers, and a gradient of the mask, belong to the whole batch
+        step = items
+    else:
+        step = _items_per_piece(ctx.shapes[0], ctx.shapes[1], ctx.device)
     step = ctx.heads.items_per_step(items, step)
     for start, stop in piece_bounds(items, step):
         inputs = ctx.heads.decode(kept, leaves, ctx.shapes, ctx.compute_dtype, (start, stop))
+        if by_formula:
+            grad = grad_output[start:stop].to(ctx.compute_dtype)
+            q, k, v = inputs
+            parts = gradients_by_heads(q, k, v, _of_items(mask, start, stop), ctx.options, grad)
+            for target, part in zip(grads, parts, strict=True):
+                if target is not None:
+                    target[start:stop] = part
+            continue
         inputs = [t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=False)]
-        piece_mask = mask
+        piece_mask = _of_items(mask, start, stop)
         if mask is not None and needs[3]:
             piece_mask = mask.detach().requires_grad_()
             inputs.append(piece_mask)
-        elif mask is not None and mask.dim() == 4 and mask.shape[0] != 1:
-            piece_mask = mask[start:stop]
         with torch.enable_grad(), replayed_rng(state, ctx.device):
             output = sdpa(inputs[0], inputs[1], inputs[2], attn_mask=piece_mask, **ctx.options)
         wanted = [t for t in inputs if t.requires_grad]
@@ -182,34 +205,6 @@ def _recomputed_backward(
         if needs[3]:
             grad_mask = next(found)
     return [*grads, grad_mask]
-
-
-def _explicit_backward(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any], grad_output: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v by formula: traceable, where autograd inside a backward is not. No dropout.
-
-    With P = softmax(q k^T scale + mask) and dS = P (dy v^T - sum(dy v^T P)):  dv = P^T dy,  dq = dS k scale,
-    dk = dS^T q scale.
-    """
-    groups = query.shape[1] // key.shape[1] if options["enable_gqa"] else 1
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scale = query.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
-    scores = (query @ key.mT).float() * scale
-    if options["is_causal"]:
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~allowed, float("-inf"))
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    p = torch.softmax(scores, -1)
-    grad_p = (grad_output @ value.mT).float()
-    grad_scores = (p * (grad_p - (grad_p * p).sum(-1, keepdim=True)) * scale).to(query.dtype)
-    grad_query, grad_key = grad_scores @ key, grad_scores.mT @ query
-    grad_value = p.to(query.dtype).mT @ grad_output
-    if groups > 1:
-        grad_key, grad_value = (g.unflatten(1, (-1, groups)).sum(2) for g in (grad_key, grad_value))
-    return grad_query, grad_key, grad_value
 
 
 def attention(

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..codecs.base import Codec, Kept
+from ..codecs.base import Codec, IdentityCodec, Kept
 from ..codecs.chunked import decode_range
+from .short_product import short_product
 
 Span = tuple[int, int]
 
@@ -56,6 +57,13 @@ class Node:
     shape: torch.Size
     dtype: torch.dtype
     items: Items | None
+
+
+def comes_from_codes(node: Node) -> bool:
+    """Whether all that the tensor is made from is decoded, so that it carries the error of codes."""
+    if not node.parents:
+        return isinstance(node.step, DecodeNormalised) and not isinstance(node.step.codec, IdentityCodec)
+    return all(map(comes_from_codes, node.parents))
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,10 @@ def _enter(node: Node, order: dict[Node, int]) -> None:
 
 @dataclass(frozen=True)
 class DecodeNormalised:
-    """`y = x_hat gamma + beta` from the codes of x_hat: what a norm gave out. Leaves: codes, then gamma and beta."""
+    """`y = x_hat gamma + beta` from the codes of x_hat: what a norm gave out. Leaves: codes, then gamma and beta.
+
+    `name` is the norm's, where operators have names.
+    """
 
     codec: Codec
     num_kept: int
@@ -145,6 +156,7 @@ class DecodeNormalised:
     dtype: torch.dtype
     has_weight: bool
     has_bias: bool
+    name: str = ""
 
     def __call__(self, inputs: Sequence[Tensor], leaves: Sequence[Tensor], span: Span | None) -> Tensor:
         kept, parameters = tuple(leaves[: self.num_kept]), list(leaves[self.num_kept :])
@@ -160,25 +172,58 @@ class DecodeNormalised:
         return values.view(stop - start, *self.shape[1:]).to(self.dtype)
 
 
-def normalised_node(output: Tensor, codec: Codec, kept: Kept, weight: Tensor | None, bias: Tensor | None) -> Node:
+def normalised_node(
+    output: Tensor, codec: Codec, kept: Kept, weight: Tensor | None, bias: Tensor | None, name: str = ""
+) -> Node:
     """The node of a norm's output; its last dimensions are normalised, the first one counts the items."""
     parameters = tuple(t.detach() for t in (weight, bias) if t is not None)
     width = parameters[0].numel() if parameters else output.shape[-1]
     step = DecodeNormalised(
-        codec, len(kept), tuple(output.shape), width, output.dtype, weight is not None, bias is not None
+        codec, len(kept), tuple(output.shape), width, output.dtype, weight is not None, bias is not None, name
     )
     return Node(step, (), (*kept, *parameters), output.shape, output.dtype, Items(output.shape[0]))
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A frozen product, in the dtype that the forward pass had. Leaves: weight and bias."""
+    """A frozen product, in the dtype that the forward pass had. Leaves: weight and bias.
+
+    Args:
+        short: whether the input comes out of codes: the product may then be taken in bfloat16 (`short_product`).
+    """
 
     dtype: torch.dtype
+    short: bool = False
 
     def __call__(self, inputs: Sequence[Tensor], leaves: Sequence[Tensor], span: Span | None) -> Tensor:
+        if self.short and self.dtype == torch.float32:
+            return short_product(inputs[0], leaves[0], leaves[1] if len(leaves) > 1 else None)
         weight, *bias = (t.to(self.dtype) for t in leaves)
         return torch.nn.functional.linear(inputs[0].to(self.dtype), weight, *bias)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a tensor is made from.
+
+    Attributes:
+        sources: names of the norms.
+        work: multiplications of the products on the way.
+    """
+
+    sources: frozenset[str]
+    work: int
+
+
+def origin_of(node: Node) -> Origin:
+    """The origin of a tensor; of products that made several tensors at once, its share counts."""
+    order: dict[Node, int] = {}
+    _enter(node, order)
+    size = math.prod(node.shape)
+    work = sum(
+        min(size, math.prod(n.shape)) * n.leaves[0].shape[1] for n in order if isinstance(n.step, Linear) and n.leaves
+    )
+    return Origin(frozenset(n.step.name for n in order if isinstance(n.step, DecodeNormalised)), work)
 
 
 @dataclass(frozen=True)

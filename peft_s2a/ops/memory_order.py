@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -33,6 +34,12 @@ def unflatten(flat: Tensor, shape: Sequence[int], permutation: Permutation) -> T
     in_order = flat.view([shape[d] for d in permutation])
     inverse = sorted(range(len(permutation)), key=permutation.__getitem__)
     return in_order if list(permutation) == inverse == sorted(inverse) else in_order.permute(inverse)
+
+
+def empty_in_order(shape: Sequence[int], permutation: Permutation, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor whose dimensions lie in memory in this order."""
+    flat = torch.empty(math.prod(shape), dtype=dtype, device=device)
+    return unflatten(flat, shape, permutation)
 
 
 def shares_memory(x: Tensor, y: Tensor) -> bool:

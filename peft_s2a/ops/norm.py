@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -73,7 +73,26 @@ def _input_gradient(spec: _Backward, grad: Tensor, rstd: Tensor, gamma: Tensor |
     return found
 
 
-def _fuses(codec: Codec, rows: Tensor) -> bool:
+@dataclass(frozen=True)
+class _Forward:
+    codec: GroupAffineCodec
+    kind: Kind
+    eps: float
+
+
+def _normalise_and_encode(spec: _Forward, rows: Tensor, mean: Tensor | None, rstd: Tensor | None) -> tuple[Tensor, ...]:
+    """Reciprocal deviation and codes of x_hat, from the statistics if they are known: a kernel."""
+    values = rows.float()
+    if rstd is None and spec.kind == "layer":
+        mean = values.mean(-1, keepdim=True)
+        rstd = ((values - mean).square().mean(-1, keepdim=True) + spec.eps).rsqrt()
+    elif rstd is None:
+        mean, rstd = _statistics(values, spec.eps, spec.kind)
+    x_hat = values * rstd if mean is None else (values - mean) * rstd
+    return rstd, *spec.codec.rows_to_codes(x_hat)
+
+
+def _fuses(codec: Codec, rows: Tensor) -> TypeGuard[GroupAffineCodec]:
     """Whether one compiled kernel does it: codes that are packed row by row."""
     return isinstance(codec, GroupAffineCodec) and codec.row == rows.shape[1] and compiles(codec.backend, rows)
 
@@ -106,6 +125,15 @@ class NormFunction(torch.autograd.Function):
             output = torch.nn.functional.rms_norm(input, normalized_shape, weight, eps)
         width = math.prod(normalized_shape)
         rows = input.reshape(-1, width)
+        ctx.codec, ctx.width, ctx.kind = codec, width, kind
+        ctx.input_dtype, ctx.normalized_shape = input.dtype, tuple(normalized_shape)
+        if _fuses(codec, rows) and codec.rounding == "nearest":
+            mean, rstd = statistics or (None, None)
+            rstd, *kept = run(codec.backend, _normalise_and_encode, _Forward(codec, kind, eps), rows, mean, rstd)
+            ctx.save_for_backward(rstd, weight, *kept)
+            if kept_too is not None:
+                kept_too.extend(kept)
+            return output
         deviations: list[Tensor] = []
 
         def normalised(start: int, stop: int) -> Tensor:
@@ -122,8 +150,6 @@ class NormFunction(torch.autograd.Function):
             rstd = statistics[1]
         else:
             rstd = torch.cat(deviations) if len(deviations) != 1 else deviations[0]
-        ctx.codec, ctx.width, ctx.kind = codec, width, kind
-        ctx.input_dtype, ctx.normalized_shape = input.dtype, tuple(normalized_shape)
         ctx.save_for_backward(rstd, weight, *kept)
         if kept_too is not None:
             kept_too.extend(kept)

@@ -7,6 +7,7 @@ wait for them (distributed training) fire once, when they are complete.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from ..codecs.chunked import decode_range, encode_chunked
 from ..codecs.rounding import Rounding
 from .memory_order import flatten, memory_permutation, unflatten
 from .rng import replayed_rng, rng_state
+from .short_product import short_products
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ class RecomputeFunction(torch.autograd.Function):
             torch.enable_grad(),
             torch.autocast(ctx.device.type, **ctx.autocast),
             replayed_rng(state, ctx.device),
+            _running_again(),
+            short_products(not isinstance(ctx.codec, IdentityCodec)),
             _unchanged_statistics(ctx.call.block),
         ):
             results = [t for t in tree_flatten(ctx.call(inputs))[0] if isinstance(t, Tensor)]
@@ -95,6 +99,27 @@ class RecomputeFunction(torch.autograd.Function):
             found = iter(torch.autograd.grad(roots, wanted, root_grads, allow_unused=True))
         given = (next(found) if t.requires_grad else None for t in (*inputs, *ctx.parameters))
         return None, None, None, None, None, *given
+
+
+class _State(threading.local):
+    again = False
+
+
+_STATE = _State()
+
+
+@contextmanager
+def _running_again() -> Iterator[None]:
+    before, _STATE.again = _STATE.again, True
+    try:
+        yield
+    finally:
+        _STATE.again = before
+
+
+def runs_again() -> bool:
+    """Whether this thread is inside a block's second run."""
+    return _STATE.again
 
 
 def _autocast_state(device: torch.device) -> dict[str, Any]:

@@ -1,9 +1,18 @@
 """How many bits each operator gets: what its errors do to the gradient, and the best use of a number of bits."""
 
 from .allocation import GROUPINGS, Allocation, GroupBits, allocate
-from .gradient import Arguments, ErrorProbe, GradientProbe, Loss, first_items, quiet_training, single_items
+from .gradient import (
+    Arguments,
+    ErrorProbe,
+    GradientProbe,
+    Loss,
+    first_items,
+    quiet_training,
+    root_mean_square,
+    single_items,
+)
 from .processes import agreed
-from .sensitivity import Operator, Sensitivity, instance_sensitivities, kind_sensitivities
+from .sensitivity import Operator, Rebuilding, Sensitivity, instance_groups, kind_groups, measure
 
 __all__ = [
     "GROUPINGS",
@@ -14,12 +23,15 @@ __all__ = [
     "GroupBits",
     "Loss",
     "Operator",
+    "Rebuilding",
     "Sensitivity",
     "agreed",
     "allocate",
     "first_items",
-    "instance_sensitivities",
-    "kind_sensitivities",
+    "instance_groups",
+    "kind_groups",
+    "measure",
     "quiet_training",
+    "root_mean_square",
     "single_items",
 ]

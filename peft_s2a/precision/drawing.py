@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 if TYPE_CHECKING:
     from .allocation import Allocation
 
-LEVELS = (1, 2, 3, 4, 6, 8)
+LEVELS = (0, 1, 2, 3, 4, 6, 8)
 
 
 def draw(allocation: Allocation, path: str | Path) -> None:
@@ -34,12 +34,12 @@ def draw(allocation: Allocation, path: str | Path) -> None:
     for (row, column), bits in cells.items():
         x, y = places.index(column), names.index(row)
         axes.add_patch(_square(x, y, colors[bits]))
-        axes.text(x, y, str(bits), ha="center", va="center", fontsize=7, color="white" if bits < 4 else "black")
+        axes.text(x, y, str(bits or "r"), ha="center", va="center", fontsize=7, color="white" if bits < 4 else "black")
     axes.set(xlim=(-0.5, len(places) - 0.5), ylim=(len(names) - 0.5, -0.5), xlabel="layer")
     axes.set_xticks(range(len(places)), places, rotation=90, fontsize=7)
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.set_title(f"{allocation.average_bits:.2f} bits on average, expected error {allocation.error:.3f}", fontsize=9)
-    handles = [Patch(color=colors[bits], label=f"{bits}") for bits in LEVELS]
+    handles = [Patch(color=colors[bits], label=str(bits or "rebuilt")) for bits in LEVELS]
     figure.legend(handles=handles, title="bits", loc="outside right center", fontsize=7)
     figure.savefig(path, dpi=110)
 

@@ -159,14 +159,16 @@ class ErrorProbe:
                 "The adapter's gradient is zero on the calibration images: calibrate with a loss and labels."
             )
 
-    def __call__(self, images: int | None = None) -> float:
-        """Root mean square of the relative errors on all images, or the first ones; without those of zero gradient."""
-        squares = [
-            (float((self.gradient(index) - exact).norm()) / norm) ** 2
-            for index, (exact, norm) in enumerate(zip(self.exact[:images], self.norms, strict=False))
-            if norm
-        ]
-        return math.sqrt(sum(squares) / len(squares)) if squares else 0.0
+    def square(self, index: int) -> float | None:
+        """Square of the relative error on an image; None where the exact gradient is zero."""
+        exact, norm = self.exact[index], self.norms[index]
+        return (float((self.gradient(index) - exact).norm()) / norm) ** 2 if norm else None
+
+
+def root_mean_square(squares: Iterable[float | None]) -> float:
+    """The root of their mean, without those that are not known; 0 if none is."""
+    known = [square for square in squares if square is not None]
+    return math.sqrt(sum(known) / len(known)) if known else 0.0
 
 
 @contextmanager

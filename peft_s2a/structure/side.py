@@ -51,7 +51,7 @@ def channel_average_pool(x: torch.Tensor, reduction: int, dim: int = -1) -> torc
     whole = channels // reduction
     pooled = []
     if whole:
-        groups = x.narrow(dim, 0, whole * reduction).unflatten(dim, (whole, reduction))
+        groups = torch.unflatten(x.narrow(dim, 0, whole * reduction), dim, (whole, reduction))
         pooled.append(groups.mean(dim + 1))
     if channels % reduction:
         pooled.append(x.narrow(dim, whole * reduction, channels % reduction).mean(dim, keepdim=True))
@@ -86,7 +86,7 @@ def side_for(
     Raises:
         ValueError: if input or output do not have the channels the branch was made for.
     """
-    dim = shape.channel_dim
+    dim = shape.channel_dim % x.dim()
     if x.shape[dim] != shape.channels or output.shape[dim] != weights.up_weight.shape[0] or x.dim() != output.dim():
         raise ValueError(
             f"The side branch was made for {shape.channels} channels in and {weights.up_weight.shape[0]} out "
@@ -97,4 +97,5 @@ def side_for(
     sizes = tuple(output.shape[2:]) if dim == 1 else tuple(output.shape[1:-1])
     small = _pool_positions(small, sizes)
     hidden = F.gelu(F.linear(small, weights.down_weight, weights.down_bias))
-    return F.linear(hidden, weights.up_weight, weights.up_bias).movedim(-1, dim).to(output.dtype)
+    side = F.linear(hidden, weights.up_weight, weights.up_bias).to(output.dtype)
+    return side if dim == side.dim() - 1 else side.movedim(-1, dim)

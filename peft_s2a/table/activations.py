@@ -13,7 +13,7 @@ from torch import Tensor
 from ..codecs.levels import Derivative, DerivativeCodec
 from ..ops import derivatives
 from ..ops.dropout import dropout
-from ..ops.lineage import Elementwise, Node, compile_program
+from ..ops.lineage import Elementwise, compile_program
 from ..ops.masked import Mask, masked
 from ..ops.overwriting import write_over
 from ..ops.pointwise import pointwise
@@ -39,25 +39,22 @@ def _smooth(
         return pointwise(input, in_place_of(function), codec) if torch.is_grad_enabled() else NotImplemented
     if not torch.is_grad_enabled():  # a block that will be recomputed
         return write_over(input, function) if context.overwriting.take(input) else NotImplemented
-    node = context.origin(kind, input)
-    if node is None:
-        return pointwise(input, function, codec, context.overwriting.take(input))
-    return _rebuilt(context, node, input, function, derivative)
+    known = context.lineage.get(input) if context.rebuilds() else None
+    origin = context.origin(kind, input)
+    overwrite = context.overwriting.take(input)
+    if origin is None:
+        output = pointwise(input, function, codec, overwrite)
+    else:
+        program, leaves = compile_program([origin])
+        output = rebuilt_pointwise(input, function, derivative, program, leaves, overwrite)
+    if known is not None:
+        context.lineage.put(output, replace(known, step=Elementwise(function), parents=(known,), leaves=()))
+    return output
 
 
 def in_place_of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The function that puts its result in the place of its argument."""
     return lambda x: x.copy_(function(x))
-
-
-def _rebuilt(
-    context: Context, node: Node, input: Tensor, function: Callable[[Tensor], Tensor], derivative: Derivative
-) -> Tensor:
-    """The operator that makes its input again; the way to its result is known then, too."""
-    program, leaves = compile_program([node])
-    output = rebuilt_pointwise(input, function, derivative, program, leaves, context.overwriting.take(input))
-    context.lineage.put(output, replace(node, step=Elementwise(function), parents=(node,), leaves=()))
-    return output
 
 
 def _plain(function: Callable[[Tensor], Tensor], derivative: Derivative) -> Handler:

@@ -81,7 +81,7 @@ def _head_codecs(context: Context, *tensors: Tensor | None) -> tuple[HeadCodec, 
 
 def _heads(context: Context, *tensors: Tensor) -> Heads:
     """Those of q, k and v whose origin is known are rebuilt from it, the others kept in codes."""
-    nodes = [context.origin("attention", t) for t in tensors]
+    nodes = [context.origin(part, t) for part, t in zip(ATTENTION_PARTS, tensors, strict=True)]
     known = [node for node in nodes if node is not None]
     kept = [tensor if node is None else None for tensor, node in zip(tensors, nodes, strict=True)]
     codecs = _head_codecs(context, *kept)

@@ -15,11 +15,12 @@ from torch import Tensor, float64
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..codecs.affine import ROW, GroupAffineCodec
-from ..ops.lineage import LineageBook, Node
+from ..ops.lineage import LineageBook, Node, Origin, origin_of
 from ..ops.overwriting import Overwriting
 from ..ops.recipes import RecipeBook
+from ..ops.recompute import runs_again
 from ..ops.scaled import ScaledTensors
-from ..settings import ActivationSettings
+from ..settings import ActivationSettings, rebuilt_kind
 from .calls import OperatorCalls, instance_name
 
 MIN_ELEMENTS = ROW
@@ -41,6 +42,8 @@ class Context:
     calls: OperatorCalls = field(default_factory=OperatorCalls)
     kept: dict[str, int] | None = None
     """Elements kept by each instance of `block`, while they are counted."""
+    origins: dict[str, Origin] = field(default_factory=dict)
+    """Where the input of each instance that may be rebuilt comes from, as far as it was counted."""
 
     def __reduce__(self) -> tuple[type[Context], tuple[ActivationSettings]]:
         return Context, (self.settings,)  # what is remembered belongs to the tensors of one process
@@ -49,13 +52,24 @@ class Context:
         """Bits of the operator of this kind in the present call of a torch function."""
         instances = self.settings.instances
         if instances is None:
-            return self.settings.bits_of(kind)
+            return self._bits_of(kind)
         name = self.calls.name(kind)
-        return self.settings.bits_of(kind) if name is None else self._instance_bits(name, kind)
+        return self._bits_of(kind) if name is None else self._instance_bits(name, kind)
+
+    def _bits_of(self, kind: str) -> int | None:
+        return self.settings.bits_of(kind, again=runs_again())
+
+    def name(self, kind: str) -> str:
+        """Name of the operator of this kind in the present call; `""` where there are none."""
+        return "" if self.settings.instances is None else self.calls.name(kind) or ""
 
     def _instance_bits(self, name: str, kind: str) -> int | None:
         instances = self.settings.instances or {}
-        return instances[name] if name in instances else self.settings.bits_of(kind)
+        if name not in instances:
+            return self._bits_of(kind)
+        if instances[name] == 0:  # rebuilt, and kept all the same where its origin is not known
+            return self._bits_of(kind) or 8
+        return instances[name]
 
     def count(self, kind: str, numel: int) -> None:
         """Says how many elements the operator of this kind in the present call keeps, where they are counted."""
@@ -78,14 +92,24 @@ class Context:
         return GroupAffineCodec(self.bits(kind) or 8, group_size, self.settings.rounding, row, self.settings.backend)
 
     def rebuilds(self) -> bool:
-        """Whether some kind of operator is rebuilt; while a graph is traced none is."""
-        return bool(self.settings.rebuilt) and not torch.compiler.is_compiling()
+        """Whether some operator is or may be rebuilt; while a graph is traced none is."""
+        return self.settings.rebuilds and not torch.compiler.is_compiling()
 
     def origin(self, kind: str, tensor: Tensor) -> Node | None:
-        """How `tensor` is made again in backward, if operators of this kind are rebuilt and it is known."""
-        if kind not in self.settings.rebuilt or torch.compiler.is_compiling():
+        """How `tensor` is made again in backward, if this operator is rebuilt and it is known.
+
+        Args:
+            kind: the operator's, or the part of an attention that `tensor` is.
+        """
+        node = self.lineage.get(tensor) if self.rebuilds() else None
+        if node is None:
             return None
-        return self.lineage.get(tensor)
+        name = None if self.settings.instances is None else self.calls.name(kind)
+        if name is not None and self.kept is not None and rebuilt_kind(kind) in self.settings.optional:
+            self.origins[name] = origin_of(node)
+        if name is not None and name in (self.settings.instances or {}):
+            return node if (self.settings.instances or {})[name] == 0 else None
+        return node if rebuilt_kind(kind) in self.settings.rebuilt else None
 
 
 Handler = Callable[..., Any]

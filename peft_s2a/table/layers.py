@@ -12,6 +12,7 @@ from ..codecs.base import IdentityCodec
 from ..ops.convolution import convolution
 from ..ops.linear import linear
 from ..ops.pooling import adaptive_average_pool, average_pool, max_pool
+from ..ops.short_product import short_linear
 from .context import MIN_ELEMENTS, TABLE, Context, Handler, applies, replaces
 
 
@@ -20,7 +21,8 @@ def _linear(context: Context, input: Tensor, weight: Tensor, bias: Tensor | None
     if not weight.requires_grad:
         # torch keeps nothing of the input either, but a copy of the weight where autocast casts it
         if not torch.is_autocast_enabled(input.device.type):
-            return NotImplemented
+            output = None if torch.compiler.is_compiling() else short_linear(input, weight, bias)
+            return NotImplemented if output is None else output
         return linear(input, weight, bias, IdentityCodec())
     if input.dim() < 3:
         # a head on pooled features is small and stays exact; a view of all tokens would keep them all

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.lineage import Call, Input, Items, Leaf, Linear, Node, Reshape
+from ..ops.lineage import Call, Input, Items, Leaf, Linear, Node, Reshape, comes_from_codes
 from .context import Context
 
 Rule = Callable[[Context, Any, tuple[Any, ...], dict[str, Any]], None]
@@ -49,7 +49,9 @@ def _linear(context: Context, result: Tensor, args: tuple[Any, ...], kwargs: dic
         return
     leaves = (weight.detach(),) if bias is None else (weight.detach(), bias.detach())
     items = node.items if node.items is not None and node.items.dim < input.dim() - 1 else None
-    context.lineage.put(result, Node(Linear(result.dtype), (node,), leaves, result.shape, result.dtype, items))
+    context.lineage.put(
+        result, Node(Linear(result.dtype, comes_from_codes(node)), (node,), leaves, result.shape, result.dtype, items)
+    )
 
 
 def _bind_linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:

@@ -41,7 +41,7 @@ def _layer_norm(
     kept: list[Tensor] | None = [] if kind == "source" else None
     output = layer_norm(input, normalized_shape, weight, bias, eps, codec, kept)
     if kept is not None:
-        context.lineage.put(output, normalised_node(output, codec, tuple(kept), weight, bias))
+        context.lineage.put(output, normalised_node(output, codec, tuple(kept), weight, bias, context.name(kind)))
     return output
 
 
@@ -56,7 +56,7 @@ def _rms_norm(
     kept: list[Tensor] | None = [] if kind == "source" else None
     output = rms_norm(input, normalized_shape, weight, eps, codec, kept)
     if kept is not None:
-        context.lineage.put(output, normalised_node(output, codec, tuple(kept), weight, None))
+        context.lineage.put(output, normalised_node(output, codec, tuple(kept), weight, None, context.name(kind)))
     return output
 
 

@@ -118,7 +118,9 @@ class BlockAdapter(nn.Module, S2ALayer):
             weights = SideWeights(*(self._leaf(leaf)[name] for leaf in SIDE_LEAVES))
             inside, outside = (x, y) if items is None else (x[items], y[items])
             side = side_for(inside, outside, weights, self.shapes[name], self.reductions[name])
-            total = _add(total, side, items)
+            # the side branch's own tensor takes the sum: three tensors of this size would be live for a new one
+            own = items is None and side._base is None and (side.shape, side.dtype) == (total.shape, total.dtype)
+            total = side.add_(total) if own else _add(total, side, items)
         return replace_first(output, y, total)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -23,17 +23,20 @@ from ..precision import (
     GradientProbe,
     Loss,
     Operator,
+    Rebuilding,
     Sensitivity,
     agreed,
     allocate,
     first_items,
-    instance_sensitivities,
-    kind_sensitivities,
+    instance_groups,
+    kind_groups,
+    measure,
     quiet_training,
+    root_mean_square,
     single_items,
 )
 from ..settings import ATTENTION_PARTS, OPERATOR_KINDS, ActivationSettings
-from .config import AUTO, S2AConfig, check_target
+from .config import AUTO, S2AConfig, check_share, check_target
 from .layer import S2ALayer
 
 CALIBRATIONS = "_s2a_calibrations"
@@ -96,11 +99,24 @@ class Calibration:
         """The allocation for these images, the same in every process; see `calibrate`."""
 
         def compute() -> dict[str, Any]:
-            target = budget.pop("target_bits", None) or self.config.activation_target_bits
-            by = self.config.activation_groups
-            return allocate(self.sensitivities(model, items, loss, seed), by, target, **budget).as_dict()
+            found, again = self.sensitivities(model, items, loss, seed)
+            return self.allocate(found, again, **budget).as_dict()
 
         return Allocation.from_dict(agreed(compute, next(self.model.parameters()).device))
+
+    def allocate(
+        self,
+        sensitivities: Sequence[Sensitivity],
+        rebuildings: Sequence[Rebuilding],
+        target_bits: float | None = None,
+        budget_bytes: int | None = None,
+        rebuild_share: float | None = None,
+    ) -> Allocation:
+        """The best allocation under the budgets given here, or else the configuration's."""
+        config = self.config
+        target = config.activation_target_bits if target_bits is None else target_bits
+        share = config.activation_rebuild_share if rebuild_share is None else rebuild_share
+        return allocate(sensitivities, config.activation_groups, target, budget_bytes, rebuildings, share)
 
     def apply(self, allocation: Allocation) -> None:
         """Stores the allocation in the configuration and trains with it from now on."""
@@ -111,8 +127,8 @@ class Calibration:
 
     def sensitivities(
         self, model: nn.Module, items: Sequence[Any], loss: Loss | None = None, seed: int = 0
-    ) -> list[Sensitivity]:
-        """Errors of the adapter's gradient by group of operators and bits.
+    ) -> tuple[list[Sensitivity], list[Rebuilding]]:
+        """Errors of the adapter's gradient by group of operators and bits, and of those that are rebuilt.
 
         Args:
             model: what is called; the base model or one around it.
@@ -125,9 +141,9 @@ class Calibration:
         if not parameters:
             raise ValueError(f"Adapter {self.adapter_name!r} has no trainable parameter to calibrate with.")
         probe = GradientProbe(model, parameters, items, loss, seed)
-        settings = self.interceptor.adapter_settings(self.adapter_name)
-        measure = kind_sensitivities if self.config.activation_groups == "kind" else instance_sensitivities
-        with self._exclusively(settings), quiet_training(model):
+        settings = self.config.settings_before_calibration()
+        grouped = kind_groups if self.config.activation_groups == "kind" else instance_groups
+        with self._exclusively(), quiet_training(model):
             operators = self._operators(probe, settings)
             if not operators:
                 raise ValueError(
@@ -138,11 +154,16 @@ class Calibration:
             self.interceptor.set_adapter_settings(self.adapter_name, _measured(settings, {}, operators))
             errors = ErrorProbe(probe)
 
-            def error(bits: Mapping[str, int], images: int | None) -> float:
-                self.interceptor.set_adapter_settings(self.adapter_name, _measured(settings, bits, operators))
-                return errors(images)
+            squares: dict[tuple[tuple[str, int], ...], list[float | None]] = {}
 
-            return measure(operators, error)
+            def error(bits: Mapping[str, int], images: int | None) -> float:
+                known = squares.setdefault(tuple(bits.items()), [])
+                self.interceptor.set_adapter_settings(self.adapter_name, _measured(settings, bits, operators))
+                wanted = range(len(items))[:images]
+                known.extend(errors.square(index) for index in wanted[len(known) :])
+                return root_mean_square(known[: len(wanted)])
+
+            return measure(grouped(operators), error, settings.bits_of)
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         for module in self.model.modules():
@@ -151,8 +172,9 @@ class Calibration:
                 yield from (leaf[self.adapter_name] for leaf in leaves if self.adapter_name in leaf)
 
     @contextmanager
-    def _exclusively(self, settings: ActivationSettings) -> Iterator[None]:
+    def _exclusively(self) -> Iterator[None]:
         """No other calibration inside; outside, the settings are what they were."""
+        settings = self.interceptor.adapter_settings(self.adapter_name)
         self._busy = True
         try:
             yield
@@ -164,7 +186,7 @@ class Calibration:
         """The operators that keep codes, in the order in which they run, and how many elements for one image."""
         widest = replace(settings, bits=dict.fromkeys(ALL_KINDS, 8), instances={})
         self.interceptor.set_adapter_settings(self.adapter_name, widest)
-        with self.interceptor.counting(self.adapter_name) as (kept, current):
+        with self.interceptor.counting(self.adapter_name) as (kept, origins, current):
             alive: dict[int, Tensor] = {}  # held, so that no address is used twice
 
             def count(tensor: Tensor) -> Tensor:
@@ -177,21 +199,26 @@ class Calibration:
             with saved_tensors_hooks(count, lambda tensor: tensor):
                 probe(0)  # with backward, which frees what the graph keeps
             alive.clear()
-        return [Operator(n, n.rsplit(":", 2)[1], elements, (n,)) for n, elements in kept.items() if elements]
+        found = []
+        for name, elements in kept.items():
+            if elements:
+                origin = origins.get(name)
+                made_from = (origin.sources, origin.work) if origin else (frozenset[str](), 0)
+                found.append(Operator(name, name.rsplit(":", 2)[1], elements, (), *made_from))
+        return found
 
 
 def _measured(
     settings: ActivationSettings, bits: Mapping[str, int], operators: Sequence[Operator]
 ) -> ActivationSettings:
     """Settings with these bits by kind or operator, and everything else exact."""
-    kinds = EXACT | {name: b for name, b in bits.items() if ":" not in name}
-    if any("source" in name.split(":") for name in bits):
+    kinds = EXACT | {name: 8 for name in bits if ":" not in name}
+    if settings.rebuilt and any("source" in name.split(":") for name in bits):
         # what is made again from a source has its error, and keeps nothing itself
         kept = {operator.kind for operator in operators}
         again = [kind for kind in settings.rebuilt if kind not in kept and not (kind == "attention" and kept & _PARTS)]
         kinds |= dict.fromkeys([*again, *(ATTENTION_PARTS if "attention" in again else ())], 8)
-    instances: dict[str, int | None] = {name: b for name, b in bits.items() if ":" in name}
-    return replace(settings, bits=kinds, instances=instances or None)
+    return replace(settings, bits=kinds).allocated(bits)
 
 
 def calibrate(
@@ -203,6 +230,7 @@ def calibrate(
     seed: int = 0,
     target_bits: float | None = None,
     budget_bytes: int | None = None,
+    rebuild_share: float | None = None,
 ) -> Allocation:
     """Shares bits out among the operators by what their errors do to the adapter's gradient.
 
@@ -221,6 +249,8 @@ def calibrate(
         seed: of random numbers (dropout, the dataloader's order); the same seed gives the same result.
         target_bits: average bits per kept element; None: the configuration's `activation_target_bits`.
         budget_bytes: in its place, bytes of codes for each image, without scales and what is kept exactly.
+        rebuild_share: with `activation_policy="auto"`, the share of what could be rebuilt that may be, in
+            multiplications; None: the configuration's `activation_rebuild_share`.
 
     Raises:
         ValueError: if there is no such adapter, it has other bits than `"auto"`, the dataloader is empty, a loss is not
@@ -238,10 +268,12 @@ def calibrate(
         raise ValueError(f"images={images!r} must be a positive whole number.")
     if target_bits is not None:
         check_target(target_bits)
+    if rebuild_share is not None:
+        check_share(rebuild_share)
     device = next(model.parameters()).device
     items = [_moved(item, device) for item in first_items(dataloader, images, seed)]
     allocation = calibration.measure_and_allocate(
-        model, items, loss, seed, target_bits=target_bits, budget_bytes=budget_bytes
+        model, items, loss, seed, target_bits=target_bits, budget_bytes=budget_bytes, rebuild_share=rebuild_share
     )
     calibration.apply(allocation)
     return allocation

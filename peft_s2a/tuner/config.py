@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
@@ -13,7 +13,7 @@ from ..memory.budget import parse_bytes
 from ..precision import GROUPINGS, Allocation
 from ..settings import BIT_LEVELS, ActivationSettings, Rounding
 from ..structure import BlockShape
-from .model_card import add_usage
+from .model_card import put_own_sections
 from .registration import add_peft_type
 
 AUTO = "auto"
@@ -67,7 +67,10 @@ class S2AConfig(PeftConfig):
             operator's input is a linear image of a normalised input, that one alone, from which the rest is made again
             in backward. `"recompute"`: a block's input alone; the block runs again in backward. Or a mapping
             {operator kind: "keep" or "rebuild", "block": "keep" or "recompute"}. The kinds `"source"` and `"block"` of
-            `activation_bits` are the bits of normalised and of block inputs kept for this; 8 unless set.
+            `activation_bits` are the bits of normalised and of block inputs kept for this; 8 unless set. `"auto"`, for
+            all kinds or for one, goes with `activation_bits="auto"`: the calibration chooses what is rebuilt.
+        activation_rebuild_share: with `"auto"`, how much may be made again in backward, which takes time: 1 is
+            everything that could be, 0 nothing; counted in multiplications.
         train_batch_norm: whether running statistics of batch norms are trained and saved with the adapter; by default
             they are frozen.
         block_shapes: shapes of the blocks' inputs, found by a shape-only run of the model and saved, so that loading
@@ -133,7 +136,10 @@ class S2AConfig(PeftConfig):
     activation_backend: str = field(default="auto", metadata={"help": "'auto', 'eager' or 'compile'."})
     activation_rounding: Rounding = field(default="nearest", metadata={"help": "'nearest' or 'stochastic'."})
     activation_policy: str | dict[str, str] = field(
-        default="keep", metadata={"help": "'keep', 'rebuild', 'recompute' or {kind: policy}."}
+        default="keep", metadata={"help": "'keep', 'rebuild', 'recompute', 'auto' or {kind: policy}."}
+    )
+    activation_rebuild_share: float = field(
+        default=1.0, metadata={"help": "Share of what could be rebuilt that may be with activation_policy='auto'."}
     )
     train_batch_norm: bool = field(
         default=False, metadata={"help": "Whether running statistics of batch norms are trained with the adapter."}
@@ -177,6 +183,7 @@ class S2AConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is set without layers_to_transform: name the layers, or drop the pattern.")
         check_target(self.activation_target_bits)
+        check_share(self.activation_rebuild_share)
         if self.activation_groups not in GROUPINGS:
             raise ValueError(f"activation_groups={self.activation_groups!r} is not one of {', '.join(GROUPINGS)}.")
         if self.activation_allocation is not None and self.activation_bits != AUTO:
@@ -184,7 +191,11 @@ class S2AConfig(PeftConfig):
                 f"activation_allocation goes with activation_bits='auto', not with {self.activation_bits!r}: leave one "
                 "of them out."
             )
-        self.activation_settings()
+        if self.activation_settings().optional and self.activation_bits != AUTO:
+            raise ValueError(
+                "activation_policy='auto' goes with activation_bits='auto', whose calibration chooses what is rebuilt; "
+                f"with activation_bits={self.activation_bits!r} choose 'keep', 'rebuild' or 'recompute'."
+            )
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget)
             size = self.planned_batch_size
@@ -213,22 +224,24 @@ class S2AConfig(PeftConfig):
         With `activation_bits="auto"` they are those of the least number of bits that is no less than the target, until
         the calibration has shared them out.
         """
-        others = self.activation_backend, self.activation_policy, self.activation_rounding
-        if self.activation_bits != AUTO:
-            return ActivationSettings.from_config(self.activation_bits, *others)
-        enough = next(bits for bits in BIT_LEVELS if bits >= self.activation_target_bits)
-        settings = ActivationSettings.from_config(enough, *others)
-        if self.activation_allocation is None:
+        settings = self.settings_before_calibration()
+        if self.activation_bits != AUTO or self.activation_allocation is None:
             return settings
-        bits = Allocation.from_dict(self.activation_allocation).bits
-        kinds = {name: b for name, b in bits.items() if ":" not in name}
-        instances: dict[str, int | None] = {name: b for name, b in bits.items() if ":" in name}
-        return replace(settings, bits={**settings.bits, **kinds}, instances=instances or None)
+        return settings.allocated(Allocation.from_dict(self.activation_allocation).bits)
+
+    def settings_before_calibration(self) -> ActivationSettings:
+        """The settings without what a calibration has found."""
+        bits = self.activation_bits
+        if bits == AUTO:
+            bits = next(bits for bits in BIT_LEVELS if bits >= self.activation_target_bits)
+        return ActivationSettings.from_config(
+            bits, self.activation_backend, self.activation_policy, self.activation_rounding
+        )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Saves `adapter_config.json`, and in `README.md` how the adapter is loaded."""
+        """Saves `adapter_config.json`, and in `README.md` how the adapter is loaded and what it is."""
         super().save_pretrained(str(save_directory), **kwargs)
-        add_usage(save_directory, self.base_model_name_or_path)
+        put_own_sections(save_directory, self, kwargs.get("auto_mapping_dict"))
 
 
 def check_target(bits: Any) -> None:
@@ -240,6 +253,16 @@ def check_target(bits: Any) -> None:
     low, high = BIT_LEVELS[0], BIT_LEVELS[-1]
     if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not low <= bits <= high:
         raise ValueError(f"activation_target_bits={bits!r} must be a number from {low} to {high}.")
+
+
+def check_share(share: Any) -> None:
+    """Refuses shares that there are none of.
+
+    Raises:
+        ValueError: for anything but a number from 0 to 1.
+    """
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise ValueError(f"activation_rebuild_share={share!r} must be a number from 0 to 1.")
 
 
 def _checked_size(size: Any) -> int | tuple[int, ...] | None:

@@ -168,3 +168,15 @@ def test_settings() -> None:
     assert ActivationSettings.from_config(4, "compile").backend == "compile"
     with pytest.raises(ValueError, match="not one of auto, eager, compile"):
         ActivationSettings.from_config(4, "inductor")
+
+
+@pytest.mark.parametrize("codec", [DERIVATIVE, ROWS, HEADS], ids=["pointwise", "norm", "heads"])
+def test_other_bits_are_compiled_too(codec: Any, afresh: None) -> None:
+    """A second kernel of the same source, whose numbers differ, is compiled for its own numbers."""
+    step = next(step for step, known in STEPS.values() if known is codec)
+    for bits in (4, 2):
+        codec = replace(codec, num_bits=bits)
+        compiled = step(replace(codec, backend="compile"), 3)
+        for found, expected in zip(compiled, step(codec, 3), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not backend._failures

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_s2a.codecs.packing import pack, packed_width, unpack
+from peft_s2a.codecs.packing import _unpack_floats, pack, packed_width, unpack
 from peft_s2a.settings import BIT_LEVELS
 
 
@@ -25,6 +25,15 @@ def test_unpack_inverts_pack(rows: int, bytes_wide: int, num_bits: int, seed: in
     assert packed.dtype == torch.uint8
     assert packed.shape == (rows, packed_width(8 * bytes_wide, num_bits)) == (rows, bytes_wide * num_bits)
     assert torch.equal(unpack(packed, num_bits, 8 * bytes_wide), codes)
+
+
+@pytest.mark.parametrize("group", [1, 8, 24])
+@pytest.mark.parametrize("num_bits", BIT_LEVELS)
+def test_float_arithmetic_unpacks_the_same(num_bits: int, group: int) -> None:
+    codes = random_codes(3, 192, num_bits)
+    found = _unpack_floats(pack(codes, num_bits), num_bits, 192, group)
+    assert found.dtype == torch.float32
+    assert torch.equal(found.view(3, 192), codes.float())
 
 
 @pytest.mark.parametrize("num_bits", BIT_LEVELS)

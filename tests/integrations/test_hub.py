@@ -9,9 +9,24 @@ from pathlib import Path
 
 from safetensors.torch import load
 
-from .hub_server import running_hub
+from .hub_server import Hub, running_hub
 
 CLIENT = Path(__file__).with_name("hub_client.py")
+
+
+def check_cards(hub: Hub) -> None:
+    """What `peft_s2a.push_to_hub` says: on a branch of a new repository, and on top of the card of a Trainer."""
+    card = hub.commits["user/carded"]["branch"]["README.md"].decode()
+    for part in ("base_model: user/base", "import peft_s2a", "S2A (arXiv 2503.08154)", "a prompt of rank 8"):
+        assert part in card
+    assert hub.commits["user/carded"]["main"] == {}
+    trained = hub.commits["user/trained"]
+    pushes = [files for name, files in trained.items() if name != "main"]
+    assert len(pushes) >= 3  # in training, at its end, and with the card
+    assert all("adapter_model.safetensors" in files for files in pushes)
+    card = trained["main"]["README.md"].decode()
+    for part in ("learning_rate: 5e-05", "import peft_s2a", "| eval_accuracy | 0.75 |", "| memory kept |"):
+        assert part in card
 
 
 def test_push_load_and_the_cache(tmp_path):
@@ -47,5 +62,6 @@ def test_push_load_and_the_cache(tmp_path):
         card = files["small/one/README.md"].decode()  # PeftModel.push_to_hub writes transformers' card over it
         for part in ("base_model: user/base", "library_name: peft", "import peft_s2a", "S2A"):
             assert part in card
+        check_cards(hub)
     output, _ = client.communicate("gone\n", timeout=100)
     assert output == "loaded from the cache\n", log.read_text()

@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+import transformers as T
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+
+from peft_s2a import S2AConfig
+
+from .conftest import make_adapted_vit
 
 
 @pytest.fixture
@@ -68,18 +73,42 @@ def test_training_evaluation_and_checkpoints(make_trainer):
         assert all(".s2a_" in key or ".classifier." in key for key in tensors)
 
 
-def test_resuming_is_bit_identical(adapted_vit, make_trainer):
-    whole = make_trainer(folder="whole")
+def adapted_resnet(**fields) -> PeftModel:
+    """A model with batch norms."""
+    torch.manual_seed(0)
+    base = T.ResNetForImageClassification(
+        T.ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2], num_labels=3)
+    )
+    return get_peft_model(base, S2AConfig(modules_to_save=["classifier"], **fields))
+
+
+RESUMED = {
+    "dropout": lambda: make_adapted_vit(),
+    "stochastic rounding": lambda: make_adapted_vit(activation_rounding="stochastic"),
+    "blocks run again": lambda: make_adapted_vit(activation_policy="recompute"),
+    "batch norms, frozen": lambda: adapted_resnet(),
+    "batch norms, trained": lambda: adapted_resnet(train_batch_norm=True),
+}
+
+
+@pytest.mark.parametrize("name", list(RESUMED))
+def test_resuming_is_bit_identical(make_trainer, name):
+    make = RESUMED[name]
+    fields = {"lr_scheduler_type": "constant", "save_strategy": "no"}
+    whole = make_trainer(make(), folder="whole", **fields)
     whole.train()
-    part = make_trainer(folder="part")
-    part.train()
-    resumed = make_trainer(folder="part")
-    resumed.train(resume_from_checkpoint=str(Path(part.args.output_dir) / "checkpoint-2"))
+    part = make_trainer(make(), folder="part", max_steps=4, **fields | {"save_strategy": "steps", "save_steps": 4})
+    part.train()  # an evaluation lies before its checkpoint, and one behind
+    resumed = make_trainer(make(), folder="part", **fields)
+    resumed.train(resume_from_checkpoint=str(Path(part.args.output_dir) / "checkpoint-4"))
     assert resumed.state.global_step == 6
-    assert losses(resumed)[-4:] == losses(whole)[-4:]
-    torch.testing.assert_close(adapter_state(resumed.model), adapter_state(whole.model), rtol=0, atol=0)
-    start = adapter_state(adapted_vit())
-    assert any(not torch.equal(value, start[name]) for name, value in adapter_state(whole.model).items())
+    assert losses(resumed)[-2:] == losses(whole)[-2:]
+    states = [get_peft_model_state_dict(trainer.model) for trainer in (whole, resumed)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    start = get_peft_model_state_dict(make())
+    assert any(not torch.equal(value, start[name]) for name, value in states[0].items())
+    if name == "batch norms, trained":
+        assert any("running_mean" in key and not torch.equal(value, start[key]) for key, value in states[0].items())
 
 
 def test_the_best_model_is_loaded_at_the_end(make_trainer, samples):
@@ -172,3 +201,38 @@ def test_bits_are_calibrated_by_the_first_step(adapted_vit, make_trainer):
     torch.testing.assert_close(adapter_state(known.model), adapter_state(trainer.model), rtol=0, atol=0)
     saved = Path(trainer.args.output_dir) / "checkpoint-6" / "adapter_config.json"
     assert json.loads(saved.read_text())["activation_allocation"] == allocation
+
+
+def test_batches_of_similar_lengths(make_trainer):
+    """Sequences of many lengths, grouped by length and padded by the collator: bias deltas need no fixed length."""
+    generator = torch.Generator().manual_seed(2)
+    samples = [
+        {"input_ids": torch.randint(1, 40, (4 + index % 9,), generator=generator), "labels": index % 2}
+        for index in range(96)
+    ]
+    for sample in samples:
+        sample["input_ids"][0] = 41 + sample["labels"]
+    shapes = []
+
+    def collate(items):
+        ids = torch.nn.utils.rnn.pad_sequence([item["input_ids"] for item in items], batch_first=True)
+        shapes.append((ids.shape[1], min(len(item["input_ids"]) for item in items)))
+        labels = torch.tensor([item["labels"] for item in items])
+        return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    bert = T.BertForSequenceClassification(T.BertConfig(**sizes, vocab_size=50, max_position_embeddings=16))
+    config = S2AConfig(modules_to_save=["classifier"], prompt_rank=0, side_reduction=0)
+    trainer = make_trainer(
+        get_peft_model(bert, config),
+        max_steps=18,
+        eval_strategy="no",
+        save_strategy="no",
+        train_sampling_strategy="group_by_length",
+    )
+    trainer.train_dataset, trainer.data_collator = samples, collate
+    trainer.train()
+    assert len({longest for longest, _ in shapes}) > 2
+    assert sum(longest - shortest for longest, shortest in shapes) / len(shapes) < 4  # of 8 at random
+    assert sum(losses(trainer)[-3:]) < sum(losses(trainer)[:3])

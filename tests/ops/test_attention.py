@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_s2a.codecs.channel import ChannelAffineCodec, IdentityHeadCodec
+from peft_s2a.ops import attention_gradient
 from peft_s2a.ops.attention import attention
 from peft_s2a.ops.recipes import RecipeBook
 from peft_s2a.settings import BIT_LEVELS
@@ -214,3 +215,53 @@ def test_not_finite_where_torch_is_not(poison: float, which: int, leaf: Any) -> 
 def test_double_backward(leaf: Any, refuses_double_backward: Any) -> None:
     _, k, v = heads(leaf)
     refuses_double_backward(lambda q: attention(q, k, v, None, options(), IDENTITY), leaf(N, H, L, D))
+
+
+def by_formula_and_by_torch(monkeypatch: pytest.MonkeyPatch, run: Callable[[], list[Tensor]]) -> list[list[Tensor]]:
+    """Gradients by formula, in pieces of a head, and from torch's own backward."""
+    monkeypatch.setattr(attention_gradient, "PIECE_SCORES", L * S)
+    formula = run()
+    monkeypatch.setattr(attention_gradient, "MAX_SCORES", 0)
+    return [formula, run()]
+
+
+@pytest.mark.parametrize("mask", list(masks(torch.float32)))
+@pytest.mark.parametrize("key_heads", [2, 4])
+def test_formula_by_heads_gives_torchs_gradients(
+    mask: str, key_heads: int, leaf: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = masks(torch.float32)[mask]
+    if given is not None and given.dim() > 2 and given.shape[-3] == H:
+        given = given.repeat_interleave(2, -3)
+    changed = options(enable_gqa=key_heads == 2)
+    q, k, v = leaf(N, 4, L, D), leaf(N, key_heads, S, D), leaf(N, key_heads, S, D + 1)
+
+    def run() -> list[Tensor]:
+        return list(torch.autograd.grad(attention(q, k, v, given, changed, IDENTITY).square().sum(), (q, k, v)))
+
+    formula, torchs = by_formula_and_by_torch(monkeypatch, run)
+    for found, expected in zip(formula, torchs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("boolean", [True, False])
+def test_rows_that_may_look_nowhere_have_no_gradient(boolean: bool, leaf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = torch.ones(L, S, dtype=torch.bool)
+    allowed[1] = False
+    mask = allowed if boolean else torch.zeros(L, S).masked_fill(~allowed, -torch.inf)
+    q, k, v = heads(leaf)
+
+    def run() -> list[Tensor]:
+        return list(torch.autograd.grad(attention(q, k, v, mask, options(), IDENTITY).square().sum(), (q, k, v)))
+
+    formula, torchs = by_formula_and_by_torch(monkeypatch, run)
+    assert not formula[0][:, :, 1].any()
+    for found, expected in zip(formula, torchs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_lie_in_memory_as_the_heads_do(leaf: Any) -> None:
+    flat = leaf(N, L, H * D)
+    q = flat.view(N, L, H, D).transpose(1, 2)
+    (grad,) = torch.autograd.grad(attention(q, q, q, None, options(), IDENTITY).sum(), q)
+    assert grad.transpose(1, 2).is_contiguous()

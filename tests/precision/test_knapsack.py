@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from peft_s2a.precision.knapsack import Option, choose_options, size_unit
 
-OPTIONS = st.lists(st.builds(Option, st.integers(0, 60), st.integers(0, 1000).map(float)), min_size=1, max_size=4)
+OPTION = st.builds(Option, st.integers(0, 60), st.integers(0, 1000).map(float), st.integers(0, 9))
+OPTIONS = st.lists(OPTION, min_size=1, max_size=4)
 GROUPS = st.lists(OPTIONS, min_size=1, max_size=4)
 
 
@@ -18,12 +19,13 @@ def total(groups: list[list[Option]], choice: list[int], field: str) -> float:
     return sum(getattr(options[index], field) for options, index in zip(groups, choice, strict=True))
 
 
-def best_cost(groups: list[list[Option]], budget: int) -> float | None:
+def best_cost(groups: list[list[Option]], budget: int, work: int | None = None) -> float | None:
     """The least cost that fits, by trying everything."""
     costs = [
         sum(option.cost for option in found)
         for found in itertools.product(*groups)
         if sum(option.size for option in found) <= budget
+        and (work is None or sum(option.work for option in found) <= work)
     ]
     return min(costs, default=None)
 
@@ -39,6 +41,16 @@ def test_it_is_the_best_of_all(groups, budget):
     choice = choose_options(groups, budget)
     assert total(groups, choice, "size") <= budget
     assert total(groups, choice, "cost") == expected
+
+
+@settings(max_examples=150, deadline=None)
+@given(GROUPS, st.integers(0, 200), st.integers(0, 30))
+def test_it_is_the_best_of_all_within_a_limit_of_work(groups, budget, work):
+    groups = [[Option(0, 2000.0), *group] for group in groups]  # so that there is a choice
+    choice = choose_options(groups, budget, work_budget=work)
+    assert total(groups, choice, "size") <= budget
+    assert total(groups, choice, "work") <= work
+    assert total(groups, choice, "cost") == best_cost(groups, budget, work)
 
 
 @settings(max_examples=100, deadline=None)

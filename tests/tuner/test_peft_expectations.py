@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import timm
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -55,6 +54,7 @@ def test_patterns_alone_switch_parts_on(families, adapt):
 
 @pytest.mark.parametrize("named", [False, True])
 def test_layers_whose_weights_are_used_without_a_call(adapt, named):
+    timm = pytest.importorskip("timm")
     eva = timm.create_model("eva02_tiny_patch14_224", img_size=28, embed_dim=32, depth=2, num_heads=2, num_classes=3)
     fields = {"target_modules": ["qkv", "proj"]} if named else {}
     with pytest.warns(UserWarning, match=r"2 layers such as blocks.0.attn.qkv are left alone: Eva uses") as caught:

@@ -1,0 +1,105 @@
+"""Gradients of q, k and v of an attention by formula, from q, k and v.
+
+With P = softmax(q k^T scale + mask) and dS = P (dy v^T - sum(dy v^T P)):  dv = P^T dy,  dq = dS k scale,
+dk = dS^T q scale. These are five products; torch's own backward asks for the output as well, which takes two more.
+Unlike torch's it holds probabilities: it is for a few heads at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..pieces import piece_bounds
+
+MAX_SCORES = 1 << 19
+"""L x S of a head up to which the formula is faster on a CPU than torch's attention and its backward."""
+
+PIECE_SCORES = 1 << 19
+"""Scores that are there at a time on a CPU: 2 MB of float32, twice."""
+
+
+def prefers_formula(
+    query: tuple[int, ...], key: tuple[int, ...], dtype: torch.dtype, device: torch.device, options: dict[str, Any]
+) -> bool:
+    """Whether the formula is the faster way: short sequences on a CPU, in the dtypes that softmax is computed in.
+
+    Args:
+        query, key: shapes, `(N, H, L, D)` and `(N, H', S, D)`.
+    """
+    return (
+        device.type == "cpu"
+        and dtype in (torch.float32, torch.float64)
+        and options["dropout_p"] == 0
+        and query[2] * key[2] <= MAX_SCORES
+    )
+
+
+def items_by_formula(query: tuple[int, ...], key: tuple[int, ...]) -> int:
+    """Batch items whose scores are there at a time."""
+    return max(1, PIECE_SCORES // max(query[1] * query[2] * key[2], 1))
+
+
+def attention_gradients(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any], grad_output: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q `(N, H, L, D)`, k `(N, H', S, D)` and v `(N, H', S, E)`, in their dtypes. No dropout.
+
+    Args:
+        mask: broadcasts to `(N, H, L, S)`: added, or of bool.
+        options: `is_causal`, `scale`, `enable_gqa` of torch's function.
+        grad_output: `(N, H, L, E)`.
+    """
+    groups = query.shape[1] // key.shape[1] if options["enable_gqa"] else 1
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scale = query.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scaled = query * scale
+    scores = (scaled @ key.mT).to(wide)
+    nowhere: Tensor | None = None  # rows that may look nowhere: torch's output and gradients are zero there
+    if options["is_causal"]:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores.masked_fill_(~allowed, -math.inf)
+    if mask is not None and mask.dtype == torch.bool:
+        scores.masked_fill_(~mask, -math.inf)
+        nowhere = ~mask.any(-1, keepdim=True)
+    elif mask is not None:
+        scores += mask
+        nowhere = (mask == -math.inf).all(-1, keepdim=True)
+    p = torch.softmax(scores, -1)
+    del scores
+    if nowhere is not None:
+        p.masked_fill_(nowhere, 0.0)
+    grad_value = p.to(query.dtype).mT @ grad_output
+    grad_scores = (grad_output @ value.mT).to(wide).mul_(p)
+    grad_scores.addcmul_(p, grad_scores.sum(-1, keepdim=True), value=-1)
+    del p
+    grad_scores = grad_scores.to(query.dtype)
+    grad_query, grad_key = (grad_scores @ key).mul_(scale), grad_scores.mT @ scaled
+    if groups > 1:
+        grad_key, grad_value = (torch.unflatten(g, 1, (-1, groups)).sum(2) for g in (grad_key, grad_value))
+    return grad_query, grad_key, grad_value
+
+
+def gradients_by_heads(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any], grad_output: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention_gradients`, as many heads at a time as `PIECE_SCORES` allows."""
+    items, heads, length, _ = query.shape
+    groups = key.shape[1]
+    pieces = min(groups, math.ceil(items * heads * length * key.shape[2] / PIECE_SCORES))
+    if pieces <= 1:
+        return attention_gradients(query, key, value, mask, options, grad_output)
+    shared = heads // groups
+    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    for start, stop in piece_bounds(heads, math.ceil(groups / pieces) * shared):
+        q, k = slice(start, stop), slice(start // shared, stop // shared)
+        piece_mask = mask if mask is None or mask.dim() < 3 or mask.shape[-3] == 1 else mask[..., q, :, :]
+        found = attention_gradients(query[:, q], key[:, k], value[:, k], piece_mask, options, grad_output[:, q])
+        for grad, part, place in zip(grads, found, (q, k, k), strict=True):
+            grad[:, place] = part
+    return grads
