@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.peft-s2a-installed
 
-.PHONY: setup check format test test-oldest docs bench demo clean
+.PHONY: setup check format test test-oldest docs bench bench-quick demo clean
 
 setup: $(STAMP)
 
@@ -48,9 +48,13 @@ test-oldest: $(OLDEST_STAMP)
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# every number, table and picture of README and documentation: hours; goes on where it was interrupted
 bench: setup
-	$(BIN)/python -m benchmarks.memory $(ARGS)
-	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# the same on small models, without touching the results: a test runs it, too
+bench-quick: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks --quick $(ARGS)
 
 demo: setup
 	$(BIN)/python examples/demo.py $(ARGS)

@@ -94,7 +94,7 @@ def gradient(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def measure(name: str, options: argparse.Namespace) -> None:
     """All layouts of one model."""
     images, image_size = options.images, options.image_size
-    source = real_input(name, images, image_size, seed=options.seed)
+    source = real_input(name, images, image_size, options.dataset, options.seed)
     exact_model = adapted(source, None)
     exact = gradient(exact_model, source.batch)
     names = ("model", "layout", "bits", "images", "image_size", "seed")
@@ -139,6 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--dataset", default="clip-art")
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--seed", type=int, default=0, help="which images; the table shows the mean")

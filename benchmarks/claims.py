@@ -45,10 +45,11 @@ def _reduction_cell(policy: str, against: str) -> str:
 
 def _job_cell() -> str:
     peaks = {r["title"]: r["peak_mb"] for r in read("whole_job") if r["model"] == "vit_b16" and r["dtype"] == "float32"}
-    shown = [
-        f"{name} {peaks[f'S2A {name}']:.0f} MB" for name in ("keep", "rebuild", "recompute") if f"S2A {name}" in peaks
-    ]
-    return f"{peaks['full'] / 1000:.1f} GB → {', '.join(shown)}" if "full" in peaks else "–"
+    if "full" not in peaks:
+        return "–"
+    own = {title: peaks[title] for title in S2A if title in peaks}
+    shown = [f"{title.removeprefix('S2A ')} {peak:.0f} MB ({peaks['full'] / peak:.1f}x)" for title, peak in own.items()]
+    return f"{peaks['full'] / 1000:.1f} GB → {', '.join(shown)}"
 
 
 def _accuracy_cell() -> str:

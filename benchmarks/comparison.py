@@ -82,12 +82,15 @@ def decision_table(model: str = "vit_b16") -> str:
     whole = found[TITLES["full"]].get("parameters", 0)
     rows = []
     for title in [title for title in dict.fromkeys([*TITLES.values(), *S2A]) if title in found]:
-        record = found[title]
+        # all policies of S2A train the same
+        record = found["S2A keep" if title in S2A else title] | found[title]
         trainable = record.get("trainable_without_head")
-        if trainable is None:  # of a policy of S2A: all train the same
-            trainable = found["S2A keep"].get("trainable_without_head")
         weights = record.get("weights_mb", whole * 4 / 1e6)
-        share = "–" if trainable is None or not whole else f"{100 * trainable / whole:.2f} %"
+        share = (
+            "–"
+            if trainable is None or not whole
+            else f"{100 * trainable / max(whole, record.get('parameters', whole)):.2f} %"
+        )
         rows.append(
             [title, share, f"{weights:.0f}", _cell(record, KEPT), _cell(record, PEAK), _cell(record, "ratio", 2)]
         )

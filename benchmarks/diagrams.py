@@ -20,7 +20,7 @@ from matplotlib.patches import FancyBboxPatch
 from transformers import ViTConfig, ViTForImageClassification
 
 from benchmarks.methods import apply
-from benchmarks.models import BenchmarkModel
+from benchmarks.models import IMAGE_SIZE, BenchmarkModel
 from benchmarks.results import IMAGES
 from peft_s2a.codecs.levels import DerivativeCodec
 from peft_s2a.memory import saved_tensors
@@ -167,7 +167,7 @@ def kept_in_a_block() -> Figure:
     }
     found: dict[str, dict[str, float]] = {}
     for name, (method, fields) in settings.items():
-        base = ViTForImageClassification(ViTConfig(num_hidden_layers=1, num_labels=10))
+        base = ViTForImageClassification(ViTConfig(image_size=IMAGE_SIZE, num_hidden_layers=1, num_labels=10))
         base = BenchmarkModel(base, ["classifier"], from_transformers=True)
         sizes: dict[str, float] = defaultdict(float)
         for saved in saved_tensors(apply(method, base, fields), base.batch(1)):

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from benchmarks.methods import apply
-from benchmarks.models import BenchmarkModel, build
-from benchmarks.results import append, versions
+from benchmarks.models import IMAGE_SIZE, BenchmarkModel, build
+from benchmarks.results import REHEARSAL, append, versions
 from peft_s2a.memory import peak_step_bytes
 from peft_s2a.memory.allocator import record_memory_events
 from peft_s2a.memory.running import call_model, training_loss
 
 MB = 1e6
 BATCHES = (8, 16, 32)
-FEW, MANY = 10, 200
+FEW, MANY = (2, 8) if REHEARSAL else (10, 200)
 RECORDED = 5
 """Last steps, during which the allocator's events are recorded."""
 
@@ -47,11 +47,17 @@ def check_growth(name: str, configs: dict[str, dict[str, Any]]) -> None:
 
 
 def small_vit() -> BenchmarkModel:
-    """A ViT of two blocks for images of 224 pixels, with a GELU, norms and attention large enough to be coded."""
+    """A ViT of two blocks, with a GELU, norms and attention large enough to be coded."""
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, patch_size=32, num_labels=10
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        image_size=IMAGE_SIZE,
+        patch_size=32,
+        num_labels=10,
     )
     return BenchmarkModel(ViTForImageClassification(config), ["classifier"], from_transformers=True)
 

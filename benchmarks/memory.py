@@ -25,7 +25,6 @@ from peft_s2a.memory import peak_step_bytes, saved_activation_bytes
 from peft_s2a.memory.running import call_model, tensors_in, training_loss
 
 MB = 1e6
-QUICK = {"models": ["vit_b16"], "batch": 1}
 
 
 def variants(method: str, bits: list[str], model: BenchmarkModel) -> list[dict[str, Any]]:
@@ -117,10 +116,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--peak", action="store_true", help="also the allocator's peak of a training step")
-    parser.add_argument("--quick", action="store_true", help="ViT-B/16 alone, one image")
     arguments = parser.parse_args()
-    if arguments.quick:
-        vars(arguments).update(QUICK)
     failed = False
     for name in arguments.models:
         for method in arguments.methods:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.results import REHEARSAL
+
 NUM_CLASSES = 10
-IMAGE_SIZE = 224
+IMAGE_SIZE = 64 if REHEARSAL else 224
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class BenchmarkModel:
     from_transformers: bool
 
     def batch(self, size: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor] | Tensor:
-        """`size` random 224-pixel images (with labels, if the model takes them), the same at every call."""
+        """`size` random images (with labels, if the model takes them), the same at every call."""
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(dtype)
         if not self.from_transformers:
@@ -39,6 +41,8 @@ class BenchmarkModel:
 def _transformers(name: str, config_name: str, heads: list[str], **config: Any) -> BenchmarkModel:
     import transformers
 
+    if REHEARSAL:
+        config |= REHEARSED[config_name]
     settings = getattr(transformers, config_name)(num_labels=NUM_CLASSES, **config)
     return BenchmarkModel(getattr(transformers, name)(settings), heads, from_transformers=True)
 
@@ -68,6 +72,18 @@ def _torchvision(name: str, head: str) -> BenchmarkModel:
 
     return BenchmarkModel(torchvision.models.get_model(name, weights=None, num_classes=NUM_CLASSES), [head], False)
 
+
+REHEARSED: dict[str, dict[str, Any]] = {
+    "ViTConfig": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+        "image_size": IMAGE_SIZE,
+    },
+    "ResNetConfig": {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1]},
+}
+"""Sizes in a rehearsal, of the models that are used there."""
 
 _BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}

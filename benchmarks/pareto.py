@@ -246,7 +246,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.linear or options.leak:
-        configs = available()
+        titles = options.methods or [f"S2A {name}" for name in available()]
+        configs = {name: config for name, config in available().items() if f"S2A {name}" in titles}
         if options.linear:
             for name in options.models:
                 check_growth(name, configs)

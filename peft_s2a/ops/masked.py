@@ -17,6 +17,7 @@ from ..codecs.base import Kept
 from ..codecs.chunked import chunk_bounds, collect_chunks
 from ..codecs.mask import decode_mask, encode_mask
 from .memory_order import flatten, memory_permutation, same_memory, shares_memory, unflatten
+from .overwriting import applied
 from .ownership import owned
 
 _UNIT = 1024
@@ -50,13 +51,7 @@ class MaskedFunction(torch.autograd.Function):
 
         bounds = chunk_bounds(flat.numel(), flat.device, _UNIT)
         ctx.save_for_backward(*collect_chunks(_UNIT, flat.numel(), bounds, encode))
-        if overwrite:
-            return same_memory(input)
-        output = function(input)
-        if output is input:
-            ctx.mark_dirty(input)
-            return input  # by this name a tracer knows it again
-        return output
+        return same_memory(input) if overwrite else applied(ctx, function, input)
 
     @staticmethod
     @once_differentiable

@@ -32,6 +32,15 @@ def write_over(input: Tensor, function: Elementwise) -> Tensor:
     return output
 
 
+def applied(ctx: Any, function: Elementwise, input: Tensor) -> Tensor:
+    """`function(input)` in the forward of an autograd function; autograd is told if it worked in place."""
+    output = function(input)
+    if output is input:
+        ctx.mark_dirty(input)
+        return input  # by this name a tracer knows it again
+    return output
+
+
 @dataclass(frozen=True)
 class _Offer:
     """A linear layer's output, and what it takes to make it again."""

@@ -15,6 +15,7 @@ from ..codecs.base import Codec, Kept
 from ..codecs.chunked import chunk_bounds, collect_chunks, decode_range
 from ..codecs.levels import DerivativeCodec
 from .memory_order import flatten, memory_permutation, same_memory, shares_memory, unflatten
+from .overwriting import applied
 from .ownership import owned
 
 
@@ -72,13 +73,7 @@ class PointwiseFunction(torch.autograd.Function):
 
         bounds = chunk_bounds(flat.numel(), flat.device, codec.unit)
         ctx.save_for_backward(*collect_chunks(codec.unit, flat.numel(), bounds, encode))
-        if overwrite:
-            return same_memory(input)
-        output = function(input)
-        if output is input:
-            ctx.mark_dirty(input)
-            return input  # by this name a tracer knows it again
-        return output
+        return same_memory(input) if overwrite else applied(ctx, function, input)
 
     @staticmethod
     @once_differentiable
