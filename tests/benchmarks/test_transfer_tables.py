@@ -79,7 +79,7 @@ def test_no_mean_without_every_data_set(written: Any) -> None:
 
 
 def test_only_the_last_setting_counts(written: Any) -> None:
-    written(cost("full"), run("full", "digits", 0, 0.1, epochs=9.0), run("full", "digits", 0, 0.7))
+    written(cost("full"), run("full", "clip-art", 0, 0.1, epochs=9.0), run("full", "digits", 0, 0.7))
     assert accuracies(MODEL) == {"full": {"digits": {0: 0.7}}}
 
 
