@@ -30,7 +30,7 @@ from benchmarks.summaries import (
 )
 from benchmarks.transfer_plan import BACKBONES
 from benchmarks.transfer_tables import accuracy_table as transfer_table
-from benchmarks.transfer_tables import rates_table, summary_table
+from benchmarks.transfer_tables import earlier_table, rates_table, summary_table
 
 ROOT = Path(__file__).parent.parent
 _MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -49,6 +49,9 @@ TITLES = {
     "linear_probe": "linear probe",
 }
 """Names of the methods other than S2A, in the order of a table's columns; S2A comes last."""
+
+PEERS = ("lora_fa", "velora", "vpt_deep", "adapter")
+"""Measured on a few models, in a table of their own."""
 
 
 def method_title(record: Record) -> str:
@@ -78,7 +81,7 @@ def memory_table(field: str, dtype: str = "float32", batch: int | None = None) -
     columns: dict[str, None] = {}
     for record in read("memory"):
         extra = set(record["config"]) - {"activation_bits", "train_batch_norm"}
-        if record["dtype"] != dtype or record[field] is None or extra:
+        if record["dtype"] != dtype or record[field] is None or extra or record["method"] in PEERS:
             continue
         if batch is not None and record["batch"] != batch:
             continue
@@ -199,6 +202,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory-peers": peers_table,
     "transfer-summary": lambda: summary_table(tuple(BACKBONES)),
     **{f"transfer-{model}": partial(transfer_table, model) for model in BACKBONES},
+    **{f"transfer-earlier-{model}": partial(earlier_table, model) for model in BACKBONES},
     **{f"transfer-rates-{model}": partial(rates_table, model) for model in BACKBONES},
     **{f"layouts-{model}": partial(layouts_table, model) for model in LAYOUT_MODELS},
     **{f"gradient-error-{model}": partial(gradient_error_table, model) for model in GRADIENT_MODELS},
