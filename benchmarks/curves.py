@@ -22,12 +22,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import get_linear_schedule_with_warmup, set_seed
 
+from benchmarks.image_task import Task, prepare_task
 from benchmarks.results import Record, append, read, versions
 from benchmarks.summaries import CURVES, comparison, curves
-from benchmarks.tasks import Task, prepare_task
 from peft_s2a import S2AConfig
 
-from methods import head_names  # isort: skip  # of the examples, whose folder `benchmarks.tasks` puts on the path
+from methods import head_names  # isort: skip  # of the examples, whose folder `benchmarks.image_task` puts on the path
 
 BACKBONES: dict[str, dict[str, Any]] = {
     "dinov2-small-saliency": {"image_size": 56, "config": {}},

@@ -18,15 +18,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 from transformers import get_linear_schedule_with_warmup, set_seed
 
+from benchmarks.image_task import Task
 from benchmarks.memory import check_gradients, logits
 from benchmarks.methods import ADAPTERS, apply
 from benchmarks.models import BenchmarkModel
 from benchmarks.results import Record
-from benchmarks.tasks import Task
 from benchmarks.transfer_plan import Variant
 from peft_s2a.memory import peak_step_bytes, saved_activation_bytes
 
-from methods import head_names  # isort: skip  # of the examples, whose folder `benchmarks.tasks` puts on the path
+from methods import head_names  # isort: skip  # of the examples, whose folder `benchmarks.image_task` puts on the path
 
 
 def build(task: Task, variant: Variant, seed: int, device: torch.device) -> tuple[nn.Module, list[str]]:

@@ -34,9 +34,13 @@ from benchmarks.summaries import (
 from benchmarks.titles import TITLES, method_title, model_title
 from benchmarks.transfer_plan import BACKBONES
 from benchmarks.transfer_tables import accuracy_table as transfer_table
-from benchmarks.transfer_tables import rates_table, summary_table
+from benchmarks.transfer_tables import earlier_table, rates_table, summary_table
 
 _MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+PEERS = ("lora_fa", "velora", "vpt_deep", "adapter")
+"""Measured on a few models, in a table of their own."""
 
 
 def memory_table(field: str, dtype: str = "float32", batch: int | None = None) -> str:
@@ -52,7 +56,7 @@ def memory_table(field: str, dtype: str = "float32", batch: int | None = None) -
     columns: dict[str, None] = {}
     for record in read("memory"):
         extra = set(record["config"]) - {"activation_bits", "train_batch_norm"}
-        if record["dtype"] != dtype or record[field] is None or extra:
+        if record["dtype"] != dtype or record[field] is None or extra or record["method"] in PEERS:
             continue
         if batch is not None and record["batch"] != batch:
             continue
@@ -188,6 +192,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory-peers": peers_table,
     "transfer-summary": lambda: summary_table(tuple(BACKBONES)),
     **{f"transfer-{model}": partial(transfer_table, model) for model in BACKBONES},
+    **{f"transfer-earlier-{model}": partial(earlier_table, model) for model in BACKBONES},
     **{f"transfer-rates-{model}": partial(rates_table, model) for model in BACKBONES},
     **{f"layouts-{model}": partial(layouts_table, model) for model in LAYOUT_MODELS},
     **{f"gradient-error-{model}": partial(gradient_error_table, model) for model in GRADIENT_MODELS},

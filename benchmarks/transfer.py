@@ -28,9 +28,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.data import Subset
 
 from benchmarks.fine_tuning import cost, fine_tune
+from benchmarks.image_task import Task, prepare_task
 from benchmarks.methods import NotApplicableError
 from benchmarks.results import Record, append, read, versions
-from benchmarks.tasks import Task, prepare_task
 from benchmarks.transfer_plan import BACKBONES, DATASETS, SETTING, VARIANTS, Backbone, best_rate, jobs, key
 
 VALIDATION_SHARE = 0.2

@@ -140,6 +140,8 @@ def best_rate(records: Iterable[Record], job: Record) -> float:
     for source in searched(job["variant"]):
         found = [record for record in matching if record["variant"] == source]
         if found:
-            best = min(found, key=lambda record: (-record["accuracy"], record["loss"], record["learning_rate"]))
+            best = min(
+                found, key=lambda record: (-record["accuracy"], record.get("loss", 0.0), record["learning_rate"])
+            )
             return float(best["learning_rate"])
     raise ValueError(f"no learning rate was searched for {job['variant']} on {job['model']}, {job['dataset']}")

@@ -16,25 +16,34 @@ SEEDS = 3
 Accuracies = dict[str, dict[str, dict[int, float]]]
 
 
+def settings_of(model: str) -> list[list[Record]]:
+    """The records of a model, apart by setting (the data set is no part of it), in the order of their last records."""
+    fields = [name for name in SETTING if name not in ("model", "dataset")]
+    found: dict[tuple[Any, ...], list[Record]] = {}
+    for record in read("transfer"):
+        if record["model"] == model:
+            setting = tuple(record[name] for name in fields)
+            found[setting] = [*found.pop(setting, []), record]
+    return list(found.values())
+
+
 def newest_setting(model: str) -> list[Record]:
-    """The records of a model that share the setting, data set aside, of the last one."""
-    fields = [name for name in SETTING if name != "dataset"]
-    found = [record for record in read("transfer") if record["model"] == model]
-    return [record for record in found if all(record[name] == found[-1][name] for name in fields)]
+    """The records of a model that share the setting of the last one."""
+    return next(reversed(settings_of(model)), [])
 
 
-def accuracies(model: str) -> Accuracies:
+def accuracies(records: list[Record]) -> Accuracies:
     """`{variant: {data set: {seed: accuracy on the test images}}}`."""
     found: Accuracies = defaultdict(lambda: defaultdict(dict))
-    for record in newest_setting(model):
+    for record in records:
         if record["stage"] == "test":
             found[record["variant"]][record["dataset"]][record["seed"]] = record["accuracy"]
     return found
 
 
-def costs(model: str) -> dict[str, Record]:
+def costs(records: list[Record]) -> dict[str, Record]:
     """What was measured of each variant, or why it does not exist for the model."""
-    return {record["variant"]: record for record in newest_setting(model) if record["stage"] == "cost"}
+    return {record["variant"]: record for record in records if record["stage"] == "cost"}
 
 
 def mean_accuracy(by_dataset: dict[str, dict[int, float]], datasets: list[str]) -> float | None:
@@ -75,7 +84,8 @@ def _cell(seeds: dict[int, float] | None) -> str:
 
 def accuracy_table(model: str) -> str:
     """Variants down, data sets across: mean ± standard deviation between seeds, in %; and what it costs."""
-    found, measured = accuracies(model), costs(model)
+    records = newest_setting(model)
+    found, measured = accuracies(records), costs(records)
     datasets = datasets_of(found)
     rows = []
     for name, variant in VARIANTS.items():
@@ -110,6 +120,24 @@ def accuracy_table(model: str) -> str:
     return markdown_table(header, rows)
 
 
+def earlier_table(model: str) -> str:
+    """Accuracies of the settings before the newest, which were not measured for every variant: a row each."""
+    rows = []
+    columns: dict[str, None] = {}
+    for records in settings_of(model)[:-1]:
+        found = accuracies(records)
+        columns |= dict.fromkeys(datasets_of(found))
+    for records in settings_of(model)[:-1]:
+        found, first = accuracies(records), records[0]
+        setting = f"{first['max_train_samples'] or 'all'} images, {first['epochs']:g} epochs, batch {first['batch']}"
+        for name in (name for name in VARIANTS if name in found):
+            share = share_of_full(found, name)
+            cells = [_cell(found[name].get(dataset)) for dataset in columns]
+            share_cell = "–" if share is None else f"{100 * share:.1f}"
+            rows.append([f"{VARIANTS[name].title}, {setting}", *cells, share_cell])
+    return markdown_table([model, *columns, "% of full"], rows)
+
+
 def trainable_percent(cost: Record, head: bool = False) -> float:
     """Trained parameters in % of those of the adapted model, with or without the head."""
     trained: Any = cost["trainable" if head else "trainable_without_head"]
@@ -122,7 +150,7 @@ def rates_table(model: str) -> str:
     for record in newest_setting(model):
         if record["stage"] == "test":
             chosen[record["variant"]][record["dataset"]] = record["learning_rate"]
-    datasets = datasets_of(accuracies(model))
+    datasets = datasets_of(accuracies(newest_setting(model)))
     rows = []
     for name, variant in VARIANTS.items():
         grid = rates_of(name, model, {})
@@ -154,8 +182,13 @@ README_VARIANTS = (
 
 
 def summary_table(models: tuple[str, ...]) -> str:
-    """The variants that matter most: mean accuracy over the data sets, share of full fine-tuning, peak."""
-    all_found, all_costs = {model: accuracies(model) for model in models}, {model: costs(model) for model in models}
+    """The variants that matter most: mean accuracy over the data sets, share of full fine-tuning, peak.
+
+    Models without a run are left out.
+    """
+    models = tuple(model for model in models if accuracies(newest_setting(model)))
+    all_found = {model: accuracies(newest_setting(model)) for model in models}
+    all_costs = {model: costs(newest_setting(model)) for model in models}
     rows = []
     for name in README_VARIANTS:
         cells = []
@@ -173,7 +206,8 @@ def summary_table(models: tuple[str, ...]) -> str:
 
 def points(model: str) -> list[tuple[str, float, float, float, bool]]:
     """`(title, peak in MB an image, mean accuracy, its spread between seeds, whether it is S2A)` of each variant."""
-    found, measured = accuracies(model), costs(model)
+    records = newest_setting(model)
+    found, measured = accuracies(records), costs(records)
     result = []
     for name, variant in VARIANTS.items():
         mean = mean_accuracy(found.get(name, {}), datasets_of(found))

@@ -13,7 +13,7 @@ from transformers import ViTImageProcessorPil as ViTImageProcessor
 
 from benchmarks import results, transfer
 from benchmarks.fine_tuning import build, fine_tune, make_optimizer, set_training
-from benchmarks.tasks import Task, prepare_task
+from benchmarks.image_task import Task, prepare_task
 from benchmarks.transfer_plan import VARIANTS
 from benchmarks.transfer_tables import accuracy_table
 

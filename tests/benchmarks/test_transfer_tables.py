@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from benchmarks import results
-from benchmarks.transfer_tables import accuracies, accuracy_table, points, rates_table, share_of_full
+from benchmarks.transfer_tables import (
+    accuracies,
+    accuracy_table,
+    earlier_table,
+    newest_setting,
+    points,
+    rates_table,
+    share_of_full,
+)
 
 MODEL = "some/model"
 SETTING = {
@@ -63,7 +71,7 @@ def test_seeds_that_are_missing_are_said_and_shares_are_of_common_runs(written: 
         run("s2a_4", "digits", 0, 0.4),
     )
     assert "| 40.0 (1) |" in accuracy_table(MODEL)
-    assert share_of_full(accuracies(MODEL), "s2a_4") == pytest.approx(0.8)
+    assert share_of_full(accuracies(newest_setting(MODEL)), "s2a_4") == pytest.approx(0.8)
 
 
 def test_no_mean_without_every_data_set(written: Any) -> None:
@@ -79,8 +87,18 @@ def test_no_mean_without_every_data_set(written: Any) -> None:
 
 
 def test_only_the_last_setting_counts(written: Any) -> None:
-    written(cost("full"), run("full", "digits", 0, 0.1, epochs=9.0), run("full", "digits", 0, 0.7))
-    assert accuracies(MODEL) == {"full": {"digits": {0: 0.7}}}
+    written(cost("full"), run("full", "clip-art", 0, 0.1, epochs=9.0), run("full", "digits", 0, 0.7))
+    assert accuracies(newest_setting(MODEL)) == {"full": {"digits": {0: 0.7}}}
+
+
+def test_earlier_settings_have_a_table_of_their_own(written: Any) -> None:
+    earlier = [run("full", "digits", 0, 0.8, epochs=9.0), run("s2a_4", "digits", 0, 0.4, epochs=9.0)]
+    written(*earlier, cost("full"), run("full", "digits", 0, 0.7))
+    lines = earlier_table(MODEL).splitlines()
+    assert lines[2:] == [
+        "| full fine-tuning, 8 images, 9 epochs, batch 10 | 80.0 (1) | 100.0 |",
+        "| S2A, 4 bits, 8 images, 9 epochs, batch 10 | 40.0 (1) | 50.0 |",
+    ]
 
 
 def test_a_rate_at_the_end_of_its_grid_has_a_star(written: Any) -> None:
