@@ -22,7 +22,7 @@ def contents() -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in (ROOT / "README.md", *files)}
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)  # three minutes of one core
 def test_rehearsal():
     before = contents()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -15,6 +15,7 @@ def test_notebook_has_no_outputs():
     assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in CELLS)
 
 
+@pytest.mark.timeout(1200)  # less than a minute on a machine of its own
 def test_notebook_runs(monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     namespace = {"__name__": "__main__"}
@@ -22,5 +23,5 @@ def test_notebook_runs(monkeypatch, capsys):
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), f"{NOTEBOOK.name}, cell {number}", "exec"), namespace)
     scores = namespace["scores"]
-    assert scores["S2A, 4 bits"] == pytest.approx(scores["S2A, exact"], abs=0.05)
+    assert scores["S2A, 4 bits"] == pytest.approx(scores["S2A, exact"], abs=0.08)  # of 269 images
     assert scores["S2A, 4 bits"] > scores["linear probe"]
