@@ -64,6 +64,10 @@ class FakeCalls:
         return out
 
 
+class _Unseen(Exception):
+    """An argument has numbers that may decide the result."""
+
+
 def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable | None:
     """What decides the result's layout; None where more than layouts might."""
     if any(tag in func.tags for tag in _CHANGES_METADATA):
@@ -71,7 +75,7 @@ def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable |
     try:
         key = func, *map(_part, args), *((name, _part(value)) for name, value in kwargs.items())
         hash(key)
-    except TypeError:
+    except (_Unseen, TypeError):  # the latter for what cannot be hashed
         return None
     return key
 
@@ -80,14 +84,14 @@ def _part(value: Any) -> Hashable:
     """An argument's part of the key.
 
     Raises:
-        TypeError: for one that stands for more than can be seen.
+        _Unseen: for one that stands for more than its layout.
     """
     if isinstance(value, FakeTensor):
         if value.constant is not None:
-            raise TypeError("a fake tensor with numbers")
+            raise _Unseen
         return tuple(value.shape), value.stride(), value.storage_offset(), value.dtype, value.fake_device
     if isinstance(value, Tensor):
-        raise TypeError("a tensor with numbers")
+        raise _Unseen
     if isinstance(value, (list, tuple)):
         return tuple(map(_part, value))
     return type(value), value
