@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.inference_overhead import inference_table
 from benchmarks.integrations.table import integrations_table
 from benchmarks.markdown import markdown_table
 from benchmarks.results import Record, read
@@ -28,6 +29,7 @@ from benchmarks.summaries import (
     pareto_table,
     whole_job_table,
 )
+from benchmarks.tasks import tasks_table
 
 ROOT = Path(__file__).parent.parent
 _MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -149,6 +151,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "planning-accuracy": accuracy_table,
     "planning-cards": cards_table,
     "integrations": integrations_table,
+    "tasks": tasks_table,
+    "inference": inference_table,
     "memory": lambda: memory_table("kept_mb_per_image"),
     "memory-bf16": lambda: memory_table("kept_mb_per_image", "bfloat16"),
     "memory-ratio": ratio_table,
