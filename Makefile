@@ -30,7 +30,7 @@ test: setup
 OLDEST_BIN := .venv-oldest/bin
 OLDEST_STAMP := .venv-oldest/.peft-s2a-installed
 OLDEST_TORCH := torch==2.13.0
-OLDEST := peft==0.21.0 transformers==5.10.1 accelerate==1.10.0
+OLDEST := peft==0.21.0 transformers==5.10.1 accelerate==1.10.0 huggingface_hub==1.33.0
 OLDEST_TESTS := tests/interception tests/integrations/test_hub.py tests/integrations/test_trainer.py \
 	tests/tuner/test_adapters.py tests/tuner/test_compile.py tests/tuner/test_families.py \
 	tests/tuner/test_merging.py tests/tuner/test_mixed_batch.py tests/tuner/test_peft_expectations.py \

@@ -199,27 +199,29 @@ def gradient_error_table(model: str) -> str:
 def allocation_table(model: str) -> str:
     """Errors of one number of bits everywhere and of calibrated bits; the newest result of each counts."""
     newest = {
-        (r["kind"], r.get("groups"), r["bits"]): r
+        (r["kind"], r.get("groups"), r["bits"], r.get("share", 0)): r
         for r in read("allocation")
-        if r["model"] == model and r["kind"] != "cost"
+        if r["model"] == model and r["kind"] in ("uniform", "auto")
     }
-    reference = newest.get(("uniform", None, 4))
+    reference = newest.get(("uniform", None, 4, 0))
     if reference is None:
         return ""
     rows = []
-    for (kind, groups, bits), record in sorted(newest.items(), key=lambda item: (item[0][2], item[1]["error"])):
+    for (kind, groups, bits, share), record in sorted(newest.items(), key=lambda item: (item[0][2], item[1]["error"])):
         name = f"{bits} everywhere" if kind == "uniform" else f"auto, {bits:g}, by {groups}"
-        expected = record.get("expected_error")
+        expected, kept = record.get("expected_error"), record.get("kept_mb")
         rows.append(
             [
-                name,
+                name + (f", up to {share:.0%} rebuilt" if share else ""),
                 f"{record['average_bits']:.2f}" if kind == "auto" else f"{bits}",
+                "–" if kept is None else f"{kept:.2f}",
                 f"{record['error']:.3f}",
                 f"{record['error'] / reference['error']:.2f}",
                 "–" if expected is None else f"{expected:.3f}",
             ]
         )
-    return markdown_table(["bits", "kept on average", "error", "against 4 everywhere", "expected"], rows)
+    header = ["bits", "kept on average", "MB an image", "error", "against 4 everywhere", "expected"]
+    return markdown_table(header, rows)
 
 
 def allocation_costs_table() -> str:

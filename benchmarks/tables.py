@@ -16,6 +16,7 @@ from functools import partial
 
 from benchmarks import comparison
 from benchmarks.claims import claims_table
+from benchmarks.inference_overhead import inference_table
 from benchmarks.integrations.table import integrations_table
 from benchmarks.markdown import markdown_table
 from benchmarks.results import REHEARSAL, RESULTS, ROOT, Record, read
@@ -31,6 +32,7 @@ from benchmarks.summaries import (
     pareto_table,
     whole_job_table,
 )
+from benchmarks.tasks import tasks_table
 from benchmarks.titles import TITLES, method_title, model_title
 from benchmarks.transfer_plan import BACKBONES
 from benchmarks.transfer_tables import accuracy_table as transfer_table
@@ -178,6 +180,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "planning-accuracy": accuracy_table,
     "planning-cards": cards_table,
     "integrations": integrations_table,
+    "tasks": tasks_table,
+    "inference": inference_table,
     "memory": lambda: memory_table("kept_mb_per_image"),
     "memory-bf16": lambda: memory_table("kept_mb_per_image", "bfloat16"),
     "memory-ratio": ratio_table,

@@ -156,8 +156,9 @@ def _simulate(model: nn.Module, batch: Batch, optimizer: MakeOptimizer | None) -
     def fake(tensor: Tensor) -> Tensor:
         return empty_as(tensor, "cpu" if tensor.device.type == "meta" else tensor.device)
 
-    modes = FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]), torch.enable_grad()
-    with _no_garbage_collection(), modes[0], modes[1], modes[2]:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode.cache_enabled = False  # `fake_calls` does that, and forgets
+    with _no_garbage_collection(), mode, torch.random.fork_rng(devices=[]), torch.enable_grad():
         model = copy_with_tensors(model, fake).train()
         batch = _mapped(fake, batch)
         parameters = list(model.parameters())

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
 from ..pieces import Bounds, ShortensLoops
+from .fake_calls import FakeCalls
 from .kernels import kernel_flops, kernel_peak
 
 Change = tuple["Storage", int]
@@ -93,6 +94,7 @@ class StorageTracker(ShortensLoops):
     sections: list[Section] = field(default_factory=list)
     _known: dict[int, Any] = field(default_factory=dict)
     _open: Section | None = None
+    _calls: FakeCalls = field(default_factory=FakeCalls)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -142,7 +144,7 @@ class StorageTracker(ShortensLoops):
     ) -> Any:
         if func is torch.ops.prim.device.default:  # asked often, and answered without a dispatch
             return args[0].fake_device
-        out = _run(func, args, kwargs or {})
+        out = self._calls.run(func, args, kwargs or {})
         leaves = [out] if isinstance(out, Tensor) else out if isinstance(out, (tuple, list)) else ()
         made = [tensor for tensor in leaves if isinstance(tensor, FakeTensor)]  # a table of constants may be real
         if not made:
@@ -231,16 +233,3 @@ class _Passage(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         ctx.passed()
         return grads[0].clone() if ctx.joins else grads[0], None, None
-
-
-def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Runs an operator on fake tensors."""
-    if func.overloadpacket is not torch.ops.aten.set_:
-        return func(*args, **kwargs)
-    # what fake tensors remember of earlier calls would keep the storage that is given here
-    mode = args[0].fake_mode
-    mode.cache_enabled = False
-    try:
-        return func(*args, **kwargs)
-    finally:
-        mode.cache_enabled = True

@@ -8,7 +8,6 @@ from .gradient import (
     Loss,
     first_items,
     quiet_training,
-    root_mean_square,
     single_items,
 )
 from .processes import agreed
@@ -32,6 +31,5 @@ __all__ = [
     "kind_groups",
     "measure",
     "quiet_training",
-    "root_mean_square",
     "single_items",
 ]

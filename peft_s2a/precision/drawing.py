@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,15 +19,16 @@ LEVELS = (0, 1, 2, 3, 4, 6, 8)
 
 def draw(allocation: Allocation, path: str | Path) -> None:
     """Writes the picture to `path`."""
-    rows: dict[str, None] = {}
     columns: dict[str, None] = {}
     cells: dict[tuple[str, str], int] = {}
+    paths = [group.name.partition(":")[0] for group in allocation.groups if ":" in group.name]
+    stacks = _stacks(paths)
     for group in allocation.groups:
         module, _, operator = group.name.partition(":")
         row, column = (operator, module) if operator else (group.kind, "all" if allocation.by == "kind" else "others")
-        number = _layer(column)
-        rows[row] = columns[number] = None
-        cells[_operator(column, row), number] = group.bits
+        place = _layer(column, stacks.get(_container(column), ""))
+        columns[place] = None
+        cells[_operator(column, row), place] = group.bits
     names = list(dict.fromkeys(row for row, _ in cells))
     figure = Figure(figsize=(0.35 * len(columns) + 3.5, 0.3 * len(names) + 1.6), layout="constrained")
     axes = figure.subplots()
@@ -48,9 +51,32 @@ def _numbers(path: str) -> list[int]:
     return [index for index, part in enumerate(path.split(".")) if part.isdigit()]
 
 
-def _layer(path: str) -> str:
-    """The numbers in a module's path: `"stages.1.layers.0.mlp"` is in 1.0; others go by their name."""
-    return ".".join(part for part in path.split(".") if part.isdigit()) or path or "model"
+def _container(path: str) -> tuple[str, ...]:
+    """The parts of a path before its first number."""
+    parts, places = path.split("."), _numbers(path)
+    return tuple(parts[: places[0]]) if places else ()
+
+
+def _stacks(paths: Iterable[str]) -> dict[tuple[str, ...], str]:
+    """What tells the stacks of layers apart: `"encoder"` and `"decoder"`; nothing where there is but one."""
+    found = list(dict.fromkeys(container for container in map(_container, paths) if container))
+    if len(found) < 2:
+        return {}
+    before = _alike(found)
+    after = _alike([container[before:][::-1] for container in found])
+    return {container: ".".join(container[before : len(container) - after]) for container in found}
+
+
+def _alike(paths: Sequence[tuple[str, ...]]) -> int:
+    """How many parts at the front all paths share."""
+    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return len(list(shared))
+
+
+def _layer(path: str, stack: str) -> str:
+    """Stack and numbers in a module's path: `"stages.1.layers.0.mlp"` is in 1.0; others go by their name."""
+    numbers = ".".join(part for part in path.split(".") if part.isdigit())
+    return ".".join(filter(None, (stack, numbers))) or path or "model"
 
 
 def _operator(path: str, operator: str) -> str:

@@ -129,9 +129,18 @@ class GradientProbe:
         """The gradient on an image as one vector, float32.
 
         Raises:
-            ValueError: for a loss that is not finite.
+            ValueError: for a loss that is not finite, and for a batch norm that needs more than one image.
         """
-        loss = self.forward(index)
+        try:
+            loss = self.forward(index)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                "The model has a batch norm on maps of one pixel, which needs more than one image, and calibration "
+                "takes one at a time. Calibrate with that layer in eval mode (model.train(), layer.eval(), "
+                "peft_s2a.calibrate(model, batches)), or set activation_bits to a number."
+            ) from error
         if not bool(torch.isfinite(loss.detach()).all()):
             raise ValueError(
                 f"The loss on calibration image {index} is {float(loss.detach().float().sum())}: the gradient says "
@@ -159,16 +168,14 @@ class ErrorProbe:
                 "The adapter's gradient is zero on the calibration images: calibrate with a loss and labels."
             )
 
-    def square(self, index: int) -> float | None:
-        """Square of the relative error on an image; None where the exact gradient is zero."""
-        exact, norm = self.exact[index], self.norms[index]
-        return (float((self.gradient(index) - exact).norm()) / norm) ** 2 if norm else None
-
-
-def root_mean_square(squares: Iterable[float | None]) -> float:
-    """The root of their mean, without those that are not known; 0 if none is."""
-    known = [square for square in squares if square is not None]
-    return math.sqrt(sum(known) / len(known)) if known else 0.0
+    def __call__(self) -> float:
+        """Root mean square of the images' relative errors; those without a gradient do not count."""
+        squares = [
+            (float((self.gradient(index) - exact).norm()) / norm) ** 2
+            for index, (exact, norm) in enumerate(zip(self.exact, self.norms, strict=True))
+            if norm
+        ]
+        return math.sqrt(sum(squares) / len(squares))
 
 
 @contextmanager

@@ -70,9 +70,9 @@ def choose_options(
             if size > most or effort > most_work:
                 continue
             cost = best[: most_work + 1 - effort, : most + 1 - size] + option.cost
-            better = cost < new[effort:, size:]
-            new[effort:, size:][better] = cost[better]
-            row[effort:, size:][better] = index
+            within = new[effort:, size:]
+            row[effort:, size:].masked_fill_(cost < within, index)
+            torch.minimum(within, cost, out=within)
         best = new
     choice: list[int] = []
     place, reach = most, most_work

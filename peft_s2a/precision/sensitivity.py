@@ -24,16 +24,13 @@ ERROR_AT = 4
 CURVE_BITS = (8, 4, 3, 2, 1)
 """Bits at which the errors of a whole kind are measured; those in between are found between them."""
 
-CURVE_IMAGES = 2
-"""Images for the curve of a kind."""
-
 SMALL = 1 / 512
 """Operators with a smaller share of all elements kept are not measured alone, but with the small ones of their kind."""
 
 Bits = Mapping[str, int]
 """Bits by kind or by operator; everything else is exact."""
-MeasureError = Callable[[Bits, "int | None"], float]
-"""Relative error of the gradient with these bits: root mean square over the first images, or all of them."""
+MeasureError = Callable[[Bits], float]
+"""Relative error of the gradient with these bits: root mean square over the images."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +146,7 @@ def measure(
     curves = {kind.name: _curve(error, lambda bits, kind=kind: _bits(kind, bits)) for kind in kinds}  # type: ignore[misc]
     found = []
     for group in groups:
-        measured = error(_bits(group, ERROR_AT), None)
+        measured = error(_bits(group, ERROR_AT))
         found.append(Sensitivity(group.name, group.kind, group.elements, along_curve(measured, curves[group.kind])))
     return found, _rebuildings(groups, kinds, found, error, fallback)
 
@@ -173,7 +170,7 @@ def _rebuildings(
         curves[every.kind] = {bits: _without(value, alone.get(bits, 0.0)) for bits, value in joint.items()}
     found = []
     for some in find_dependants(groups):
-        both = error(_bits_from_source(some, ERROR_AT), None)
+        both = error(_bits_from_source(some, ERROR_AT))
         added = _without(both, known[some.source.name].get(ERROR_AT, 0.0))
         singles = [single for member in some.members for single in member.singles]
         found.append(
@@ -212,7 +209,7 @@ def _curve(error: MeasureError, at: Callable[[int], Bits]) -> dict[int, float]:
     curve: dict[int, float] = {}
     largest = 0.0
     for bits in CURVE_BITS:
-        found = error(at(bits), CURVE_IMAGES)
+        found = error(at(bits))
         if not math.isfinite(found):
             break
         largest = max(largest, found)

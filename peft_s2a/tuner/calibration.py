@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,7 +33,6 @@ from ..precision import (
     kind_groups,
     measure,
     quiet_training,
-    root_mean_square,
     single_items,
 )
 from ..settings import ATTENTION_PARTS, OPERATOR_KINDS, ActivationSettings
@@ -40,8 +40,8 @@ from .config import AUTO, S2AConfig, check_share, check_target
 from .layer import S2ALayer
 
 CALIBRATIONS = "_s2a_calibrations"
-IMAGES = 4
-"""Images that are calibrated with, unless there are fewer."""
+IMAGES = 2
+"""Images that are calibrated with, unless there are fewer: more change hardly any bits (docs/precision.md)."""
 ALL_KINDS = (*OPERATOR_KINDS, *ATTENTION_PARTS)
 _PARTS = frozenset(ATTENTION_PARTS)
 EXACT: dict[str, int | None] = dict.fromkeys(ALL_KINDS)
@@ -154,16 +154,12 @@ class Calibration:
             self.interceptor.set_adapter_settings(self.adapter_name, _measured(settings, {}, operators))
             errors = ErrorProbe(probe)
 
-            squares: dict[tuple[tuple[str, int], ...], list[float | None]] = {}
+            @functools.cache
+            def measured(*bits: tuple[str, int]) -> float:
+                self.interceptor.set_adapter_settings(self.adapter_name, _measured(settings, dict(bits), operators))
+                return errors()
 
-            def error(bits: Mapping[str, int], images: int | None) -> float:
-                known = squares.setdefault(tuple(bits.items()), [])
-                self.interceptor.set_adapter_settings(self.adapter_name, _measured(settings, bits, operators))
-                wanted = range(len(items))[:images]
-                known.extend(errors.square(index) for index in wanted[len(known) :])
-                return root_mean_square(known[: len(wanted)])
-
-            return measure(grouped(operators), error, settings.bits_of)
+            return measure(grouped(operators), lambda bits: measured(*bits.items()), settings.bits_of)
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         for module in self.model.modules():

@@ -150,6 +150,18 @@ class S2AModel(BaseTuner):
             others = others or [next(iter(self.peft_config))]
             self.set_adapter(others, inference_mode=any(self.peft_config[name].inference_mode for name in others))
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused; LoRA has it.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "add_weighted_adapter is not there for S2A: what side branches and heads compute is not linear in their "
+            "weights, so that no mean of two adapters does what both do. To let several act at once, activate them "
+            "together, model.base_model.set_adapter(['one', 'other']): deltas, prompts and side branches add up."
+        )
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names: Sequence[str] | None = kwargs.pop("adapter_names", None)

@@ -20,6 +20,7 @@ from ..memory.budget import format_bytes, parse_bytes
 from ..memory.candidates import Candidate, NotApplicableError, Task
 from ..memory.plan import Plan, PlanRow, fastest
 from ..memory.simulation import MakeOptimizer
+from ..precision import Allocation
 from ..settings import BIT_LEVELS
 from .config import S2AConfig
 from .discovery import find_heads, find_targets
@@ -186,8 +187,14 @@ def _checked_batch_size(batch_size: Any) -> int:
 
 
 def _levels(config: S2AConfig) -> Iterator[list[Candidate]]:
-    """Candidates of S2A: every policy at the configuration's bits, then at fewer if a number of bits was given."""
+    """Candidates of S2A: every policy at the configuration's bits, then at fewer if a number of bits was given.
+
+    Bits that were calibrated stay as they are, with their policy.
+    """
     bits = config.activation_bits
+    if config.activation_allocation is not None:  # calibrated for one policy
+        yield [_s2a_candidate(config, config.activation_policy, bits)]
+        return
     levels: list[Any] = [bits]
     if isinstance(bits, int):
         levels += [b for b in sorted(BIT_LEVELS, reverse=True) if LEAST_BITS <= b < bits]
@@ -195,15 +202,18 @@ def _levels(config: S2AConfig) -> Iterator[list[Candidate]]:
         yield [_s2a_candidate(config, policy, level) for policy in POLICIES]
 
 
-def _s2a_candidate(config: S2AConfig, policy: str, bits: Any) -> Candidate:
+def _s2a_candidate(config: S2AConfig, policy: Any, bits: Any) -> Candidate:
     config = copy.deepcopy(config)
     config.memory_budget = config.planned_batch_size = config.memory_plan = None
     config.activation_bits = bits
     config.activation_backend = "eager"
     if POLICY in vars(config):
         setattr(config, POLICY, policy)
-    precision = "exact" if bits is None else f"{bits} bits" if isinstance(bits, int) else "mixed bits"
-    name = f"S2A {policy}, {precision}"
+    if config.activation_allocation is not None:
+        precision = f"{Allocation.from_dict(config.activation_allocation).average_bits:.2f} bits on average"
+    else:
+        precision = "exact" if bits is None else f"{bits} bits" if isinstance(bits, int) else "mixed bits"
+    name = f"S2A {policy if isinstance(policy, str) else 'mixed'}, {precision}"
     return Candidate(name, lambda model: _adapted(model, config), config, adaptive=True)
 
 

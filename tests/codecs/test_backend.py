@@ -20,7 +20,7 @@ from peft_s2a.codecs.affine import GroupAffineCodec
 from peft_s2a.codecs.channel import ChannelAffineCodec
 from peft_s2a.codecs.levels import DerivativeCodec
 from peft_s2a.ops.derivatives import Gelu
-from peft_s2a.ops.norm import layer_norm
+from peft_s2a.ops.norm import layer_norm, rms_norm
 from peft_s2a.ops.pointwise import pointwise
 
 DERIVATIVE = DerivativeCodec(Gelu(), 4)
@@ -180,3 +180,26 @@ def test_other_bits_are_compiled_too(codec: Any, afresh: None) -> None:
         for found, expected in zip(compiled, step(codec, 3), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert not backend._failures
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("rms", torch.float32), ("layer", torch.bfloat16)])
+def test_compiled_norms_find_their_own_statistics(kind: str, dtype: torch.dtype, afresh: None) -> None:
+    """Where torch's norm gives no statistics the kernel takes them, in float32, with the codes."""
+
+    def step(codec: GroupAffineCodec) -> list[Tensor]:
+        x = torch.randn(3, 300, 256, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        gamma = torch.linspace(1, 2, 256).to(dtype)
+        y = (
+            rms_norm(x, (256,), gamma, None, codec)
+            if kind == "rms"
+            else layer_norm(x, (256,), gamma, None, 1e-5, codec)
+        )
+        rstd = y.grad_fn.saved_tensors[0]
+        assert rstd.dtype == torch.float32
+        return [rstd, torch.autograd.grad((y * y.detach()).sum(), x)[0].float()]
+
+    compiled, eager = step(replace(ROWS, backend="compile")), step(ROWS)
+    assert all(report.compiled for report in explain_backend().kernels)
+    assert "_normalise_and_encode" in str(explain_backend())
+    torch.testing.assert_close(compiled[0], eager[0], rtol=1e-5, atol=1e-6)
+    assert (compiled[1] - eager[1]).norm() < 0.02 * eager[1].norm()  # codes that tie may differ

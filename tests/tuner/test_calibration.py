@@ -338,6 +338,38 @@ def test_the_plot_is_drawn(batch, tmp_path):
         assert (tmp_path / f"{groups}.png").stat().st_size > 1000
 
 
+def test_layers_of_encoder_and_decoder_are_told_apart():
+    pytest.importorskip("matplotlib")
+    from peft_s2a.precision.drawing import _container, _layer, _stacks
+
+    paths = ["model.encoder.layers.0.mlp", "model.decoder.layers.0.mlp", "model.decoder.layers.1", "model.neck"]
+    stacks = _stacks(paths)
+    found = [_layer(path, stacks.get(_container(path), "")) for path in paths]
+    assert found == ["encoder.0", "decoder.0", "decoder.1", "model.neck"]
+    assert _stacks(paths[1:]) == {}
+
+
+def test_a_batch_norm_that_needs_two_images():
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.GELU(), nn.Conv2d(8, 8, 3))
+            self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.features(x))
+
+    fields: dict[str, Any] = {"prompt_rank": 0, "side_reduction": 0, "modules_to_save": ["head"]}
+    model = get_peft_model(Pooled(), S2AConfig(activation_bits="auto", **fields)).train()
+    batch = torch.randn(2, 3, 64, 64), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"needs more than one image.*layer.eval\(\)"):
+        calibrate(model, [batch])
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    assert calibrate(model, [batch]).groups
+
+
 def test_norms_with_an_activation_inside_are_told_apart(bits_asked):
     torch.manual_seed(0)
     base = timm.create_model("efficientnet_b0", num_classes=3)  # copies of its norms, which have parts, run

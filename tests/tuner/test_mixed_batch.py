@@ -53,6 +53,34 @@ def test_parts_alone_and_on_different_layers(families, run, adapt, trained):
     check(model.eval(), run, family.images(batch=6))
 
 
+class GatedNorm(nn.LayerNorm):
+    """A norm with something behind its bias: it is called once for each adapter."""
+
+    def forward(self, features: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        normal = super().forward(features)
+        return normal.relu() if gate is None else normal.relu() * gate
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.norm, self.head = nn.Linear(4, 8), GatedNorm(8), nn.Linear(8, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.lin(input=images)
+        return self.head(self.norm(gate=images[:, :1], features=features))
+
+
+@torch.no_grad()
+def test_layers_that_are_called_by_keyword(run, adapt, trained):
+    torch.manual_seed(0)
+    fields = {"target_modules": ["lin", "norm"], "prompt_rank": 0, "side_reduction": 0}
+    model = adapt(ByKeyword(), "head", **fields)
+    model.add_adapter("other", S2AConfig(modules_to_save=["head"], activation_bits=None, **fields))
+    trained(model), trained(model, "other", 0.3)
+    check(model.eval(), run, torch.randn(6, 4))
+
+
 def test_what_cannot_be_mixed(families, run, adapt, trained):
     family = families["hf-vit"]
     model, images = with_two_adapters(family, adapt, trained, prompt_rank=0, side_reduction=0), family.images(batch=6)

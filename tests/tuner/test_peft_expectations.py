@@ -125,3 +125,16 @@ def test_biases_in_a_sharded_model(one_process, target_modules):
         sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
         torch.testing.assert_close(sharded(x), expected)
     assert len(get_peft_model_state_dict(sharded)) == len(target_modules)
+
+
+@pytest.mark.filterwarnings("ignore:The head of ViT:UserWarning")
+def test_what_is_of_lora_alone_says_what_to_do(families, run, adapt, trained):
+    family = families["hf-vit"]
+    torch.manual_seed(0)
+    model = trained(adapt(family.make(), None))
+    model.add_adapter("other", S2AConfig(activation_bits=None))
+    with pytest.raises(NotImplementedError, match=r"not there for S2A.*set_adapter\(\['one', 'other'\]\)"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mean")
+    alone = run(model, family.images())
+    model.base_model.set_adapter(["default", "other"])  # what the message says; the other one is fresh
+    torch.testing.assert_close(run(model, family.images()), alone)
