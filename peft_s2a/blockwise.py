@@ -131,7 +131,8 @@ class BlockForward:
             args, kwargs = tree_unflatten([items if t is x else t for t in leaves], spec)
             return tree_flatten(self._run(*args, **kwargs))
 
-        training = [module for module in self.block.modules() if module.training]
+        # a forward in eval would have bitsandbytes repack weights in codes, which cannot be trained on afterwards
+        training = [module for module in self.block.modules() if module.training and not _is_quantized(module)]
         try:
             for module in training:
                 module.training = False
@@ -140,6 +141,10 @@ class BlockForward:
             for module in training:
                 module.training = True
         return shape == one == two and all(map(_agree, both, first, second))
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return not all(p is None or p.is_floating_point() for p in module._parameters.values())
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -252,6 +252,34 @@ def test_a_block_is_tried_out_before_it_is_split(monkeypatch, calls, mixes):
     close(found, expected, 1e-5)
 
 
+class Quantized(nn.Linear):
+    """A layer whose weight is in codes, and which notes in which mode it runs, as bitsandbytes repacks it in eval."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.weight = nn.Parameter((8 * self.weight).round().to(torch.int8), requires_grad=False)  # type: ignore[assignment]
+        self.modes: set[bool] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.modes.add(self.training)
+        return nn.functional.linear(x, self.weight.float() / 8, self.bias)
+
+
+def test_layers_with_weights_in_codes_are_not_tried_out_in_eval(calls):
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.one, self.two = nn.LayerNorm(64), Quantized(64, 64), Quantized(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.two(torch.relu(self.one(self.norm(x))))
+
+    model = stack(Block)
+    step(model, tokens())
+    assert set(calls) == {1}
+    assert all(m.modes == {True} for m in model.modules() if type(m) is Quantized)
+
+
 class Biased(nn.Module):
     def __init__(self) -> None:
         super().__init__()
