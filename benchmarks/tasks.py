@@ -19,7 +19,7 @@ import torch
 import transformers as T
 
 from benchmarks.markdown import markdown_table
-from benchmarks.methods import apply
+from benchmarks.methods import NotApplicableError, apply
 from benchmarks.models import BenchmarkModel
 from benchmarks.results import append, read, versions
 from peft_s2a.memory import peak_step_bytes, saved_activation_bytes, simulate_step
@@ -152,11 +152,17 @@ TASKS = {
 
 
 def measure(name: str, method: str) -> dict[str, Any]:
-    """The record of one model and method: bytes kept and peak of a step, per item."""
+    """The record of one model and method: bytes kept and peak of a step, per item.
+
+    Raises:
+        NotApplicableError: if the model has nothing for the method to train.
+    """
     task = TASKS[name]
     with torch.device("meta" if task.simulated else "cpu"):
         model, batch = BenchmarkModel(task.make(), task.heads, from_transformers=True), task.batch()
     adapted = apply(method, model, task.fields if method == "s2a" else {}).train()
+    if not any(parameter.requires_grad for parameter in adapted.parameters()):
+        raise NotApplicableError("the model has nothing of that kind to train")
     if task.simulated:
         step = simulate_step(adapted, batch)
         kept, peak = step.kept, step.step_peak
@@ -194,8 +200,11 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=list(TASKS), metavar="MODEL", help="default: all")
     for name in parser.parse_args().models:
         for method in METHODS:
-            append("tasks", measure(name, method))
+            try:
+                append("tasks", measure(name, method))
+            except NotApplicableError as error:
+                print(f"{name}, {method}: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
