@@ -15,7 +15,7 @@ from peft_s2a import S2AConfig, plan
 from peft_s2a.memory import CannotSimulateError, peak_step_bytes, simulate_step
 from peft_s2a.memory.budget import format_bytes, parse_bytes
 from peft_s2a.memory.plan import Plan, PlanRow, fastest
-from peft_s2a.tuner.planning import POLICIES
+from peft_s2a.tuner.planning import POLICIES, _levels
 
 VIT = T.ViTConfig(
     hidden_size=64,
@@ -272,3 +272,12 @@ def test_a_budget_needs_a_batch_size():
             S2AConfig(memory_budget="8GB", planned_batch_size=size)
     with pytest.raises(ValueError, match="is not a size of memory"):
         S2AConfig(memory_budget="much", planned_batch_size=4)
+
+
+def test_what_was_calibrated_is_planned_as_it_is():
+    group = {"name": "norm", "kind": "norm", "elements": 8, "bits": 3, "error": 0.1}
+    allocation = {"by": "kind", "target_bits": 3, "groups": [group]}
+    config = S2AConfig(activation_bits="auto", activation_policy="rebuild", activation_allocation=allocation)
+    (level,) = _levels(config)
+    assert [candidate.name for candidate in level] == ["S2A rebuild, 3.00 bits on average"]
+    assert level[0].config.activation_allocation == allocation
