@@ -185,7 +185,7 @@ def tasks_table() -> str:
     rows = [
         [task.title, *[_cell(found.get((name, method))) for method in METHODS]]
         for name, task in TASKS.items()
-        if (name, "s2a") in found
+        if any((name, method) in found for method in METHODS)
     ]
     return markdown_table(["kept / peak, MB per item", *METHODS.values()], rows)
 
