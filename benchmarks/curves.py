@@ -1,10 +1,10 @@
-"""Training curves at 4 bits and with exact activations, over several seeds: does coding change how training goes?
+"""Training curves with codes and with exact activations, over several seeds: does coding change how training goes?
 
     python -m benchmarks.curves                                             # both pretrained backbones
     python -m benchmarks.curves --backbones efficientnet-lite0 --seeds 0 1  # some of it
     python -m benchmarks.curves --summary                                   # only prints what was found
 
-The seed sets head, order of the images and whatever else is random; a run at 4 bits and one with exact activations of
+The seed sets head, order of the images and whatever else is random; a run with codes and one with exact activations of
 the same seed differ in nothing else. AdamW, 10 % linear warm-up, then linear decay. The held-out images choose nothing.
 One JSON line an epoch goes to `results/curves.jsonl` when the run is complete; runs that are there are not repeated.
 """
@@ -36,8 +36,17 @@ BACKBONES: dict[str, dict[str, Any]] = {
 """Size of the images, and fields of `S2AConfig` that both variants share. Batch norms run by the batch's statistics:
 by running ones nothing but the side branches would be coded on this backbone."""
 
-VARIANTS: dict[str, int | None] = {"exact": None, "4 bits": 4}
-"""`activation_bits` by name."""
+_ALLOCATED = {"activation_bits": "auto", "activation_target_bits": 2.5, "activation_groups": "instance"}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "exact": {"activation_bits": None},
+    "4 bits": {"activation_bits": 4},
+    "2.5 bits on average": _ALLOCATED,
+    "2.5 bits, rebuilt where it pays": _ALLOCATED | {"activation_policy": "auto"},
+}
+"""Fields of `S2AConfig` by name; calibrated is in the first step of a run."""
+
+DEFAULT_VARIANTS = {"dinov2-small-saliency": list(VARIANTS), "efficientnet-lite0": ["exact", "4 bits"]}
 
 
 @torch.no_grad()
@@ -91,7 +100,7 @@ def run(options: argparse.Namespace) -> None:
         setting = BACKBONES[name]
         task: Task | None = None
         for seed in options.seeds:  # seeds outside, so that what was interrupted still compares the variants
-            for variant, bits in VARIANTS.items():
+            for variant in options.variants or DEFAULT_VARIANTS[name]:
                 job = {
                     "backbone": name,
                     "dataset": options.dataset,
@@ -112,7 +121,7 @@ def run(options: argparse.Namespace) -> None:
                 if task is None:
                     limit, cache = options.max_train_samples, options.cache_dir
                     task = prepare_task(options.dataset, name, job["image_size"], limit, cache=cache)
-                config = {**setting["config"], "activation_bits": bits}
+                config = {**setting["config"], **VARIANTS[variant]}
                 for epoch, values in enumerate(train(task, config, seed, options), start=1):
                     rounded = {name: round(value, 5) for name, value in values.items()}
                     append("curves", {**job, "epoch": epoch, **rounded, "versions": versions()})
@@ -121,15 +130,19 @@ def run(options: argparse.Namespace) -> None:
 def summarise() -> None:
     """Prints every comparison."""
     for name in CURVES:
-        for backbone in curves(name):
-            numbers = ", ".join(f"{key} {value:.4g}" for key, value in comparison(name, backbone).items())
-            print(f"{backbone}, {name}: {numbers}")
+        for backbone, variants in curves(name).items():
+            for variant in variants:
+                if variant != "exact":
+                    found = comparison(name, backbone, variant)
+                    numbers = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
+                    print(f"{backbone}, {name}, {variant}: {numbers}")
 
 
 def main() -> None:
     """Runs what is missing, then prints the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", default=list(BACKBONES), choices=list(BACKBONES))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="default: those of the backbone")
     parser.add_argument("--dataset", default="clip-art")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=5)

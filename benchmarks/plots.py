@@ -18,7 +18,12 @@ from benchmarks.transfer_plan import BACKBONES
 from benchmarks.transfer_tables import points
 from peft_s2a import Allocation
 
-COLORS = {"exact": "tab:blue", "4 bits": "tab:orange"}
+COLORS = {
+    "exact": "tab:blue",
+    "4 bits": "tab:orange",
+    "2.5 bits on average": "tab:red",
+    "2.5 bits, rebuilt where it pays": "tab:green",
+}
 
 
 def plot_curves() -> None:

@@ -32,24 +32,26 @@ def curves(name: str) -> dict[str, dict[str, list[list[float]]]]:
     }
 
 
-def comparison(name: str, backbone: str) -> dict[str, float]:
-    """How far the mean curve at 4 bits is from the exact one.
+def comparison(name: str, backbone: str, variant: str = "4 bits") -> dict[str, float]:
+    """How far the mean curve of a variant is from the exact one.
 
     Returns:
-        `"exact"`, `"4 bits"`: means over the seeds after the last epoch; `"spread"`: standard deviation between seeds
+        `"exact"`, `"coded"`: means over the seeds after the last epoch; `"spread"`: standard deviation between seeds
         there, the larger one of both; `"epochs"` and `"within"`: number of epochs, and of those in which the means
         differ by no more than the spread; `"ratio"`: the largest ratio of difference to spread of all epochs.
     """
     variants = curves(name)[backbone]
-    ratios = []
-    for four, exact in zip(variants["4 bits"], variants["exact"], strict=True):
-        noise = max(spread(four), spread(exact))
-        ratios.append(abs(statistics.mean(four) - statistics.mean(exact)) / max(noise, 1e-9))
-    last = {variant: epochs[-1] for variant, epochs in variants.items()}
+    both = list(zip(variants[variant], variants["exact"], strict=True))
+    noise = [max(spread(coded), spread(exact)) for coded, exact in both]
+    ratios = [
+        abs(statistics.mean(coded) - statistics.mean(exact)) / max(own, 1e-9)
+        for (coded, exact), own in zip(both, noise, strict=True)
+    ]
+    coded, exact = both[-1]
     return {
-        "exact": statistics.mean(last["exact"]),
-        "4 bits": statistics.mean(last["4 bits"]),
-        "spread": max(spread(values) for values in last.values()),
+        "exact": statistics.mean(exact),
+        "coded": statistics.mean(coded),
+        "spread": noise[-1],
         "epochs": len(ratios),
         "within": sum(ratio <= 1 for ratio in ratios),
         "ratio": max(ratios),
@@ -60,20 +62,25 @@ def curves_table() -> str:
     """Mean of loss and accuracy after the last epoch, and whether the curves lie within the spread between seeds."""
     rows = []
     for name in CURVES:
-        for backbone in curves(name):
-            found = comparison(name, backbone)
-            numbers = [f"{found[key]:.3f}" for key in ("exact", "4 bits", "spread")]
-            within = f"{found['within']} of {found['epochs']}"
-            rows.append([f"{backbone}, {name.replace('_', ' ')}", *numbers, within, f"{found['ratio']:.2f}"])
+        for backbone, variants in curves(name).items():
+            for variant in variants:
+                if variant == "exact":
+                    continue
+                found = comparison(name, backbone, variant)
+                numbers = [f"{found[key]:.3f}" for key in ("exact", "coded", "spread")]
+                within = f"{found['within']} of {found['epochs']}"
+                label = f"{backbone}, {name.replace('_', ' ')}"
+                rows.append([label, variant, *numbers, within, f"{found['ratio']:.2f}"])
     header = [
         "after the last epoch",
+        "codes",
         "exact",
-        "4 bits",
+        "coded",
         "spread of seeds",
         "epochs within",
         "largest difference / spread",
     ]
-    return markdown_table(header, sorted(rows))
+    return markdown_table(header, sorted(rows), left=2)
 
 
 def layouts_table(model: str) -> str:
