@@ -96,10 +96,12 @@ def gradients_by_heads(
     grads: Sequence[Tensor | None],
 ) -> None:
     """Writes `attention_gradients` to those of `grads` that there are, a few heads at a time (`PIECE_SCORES`)."""
-    items, heads, length, _ = query.shape
+    _, heads, length, _ = query.shape
     groups = key.shape[1]
     shared = heads // max(groups, 1)
-    pieces = min(groups, math.ceil(items * heads * length * key.shape[2] / PIECE_SCORES))
+    pieces = min(
+        groups, math.ceil(heads * length * key.shape[2] / PIECE_SCORES)
+    )  # of one item: several fit, or one is cut
     for start, stop in piece_bounds(heads, math.ceil(groups / max(pieces, 1)) * shared):
         q, k = slice(start, stop), slice(start // shared, stop // shared)
         piece_mask = mask if mask is None or mask.dim() < 3 or mask.shape[-3] == 1 else mask[..., q, :, :]

@@ -50,11 +50,10 @@ def short_product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     output = torch.empty(*input.shape[:-1], channels, dtype=input.dtype, device=input.device)
     step = (CPU_WEIGHTS if weight.device.type == "cpu" else DEVICE_WEIGHTS) // max(width, 1) // 64 * 64
     for start, stop in piece_bounds(channels, max(step, 64)):
-        part = torch.nn.functional.linear(short, weight[start:stop].to(torch.bfloat16))
-        if bias is None:
-            output[..., start:stop] = part
-        else:
-            torch.add(part, bias[start:stop], out=output[..., start:stop])
+        piece = output[..., start:stop]
+        piece.copy_(torch.nn.functional.linear(short, weight[start:stop].to(torch.bfloat16)))
+        if bias is not None:
+            piece += bias[start:stop]
     return output
 
 
