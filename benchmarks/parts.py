@@ -85,7 +85,8 @@ PARTS: dict[str, Part] = {
         ('integrations "save and load"',),
         ("integrations",),
     ),
-    "inference_overhead": Part(("inference_overhead",), ("inference_overhead --rounds 1",)),
+    "inference_overhead": Part(("inference_overhead",), ("inference_overhead --rounds 2",)),
+    "tasks": Part(("tasks",), ("tasks bert_base",), ("tasks",)),
     "curves": Part(
         ("curves",),
         ("curves --dataset digits --backbones dinov2-small-saliency --seeds 0 --epochs 1 --max_train_samples 32",),
