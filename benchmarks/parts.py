@@ -47,7 +47,7 @@ PARTS: dict[str, Part] = {
     "growth": Part(("pareto --leak",), ('pareto --leak --methods "S2A keep" "S2A recompute"',), ("leak",)),
     "whole_job": Part(
         ("whole_job --check",),
-        ('whole_job --dtypes float32 --batch 2 --methods full "S2A keep"',),
+        ('whole_job --dtypes float32 --methods full "S2A keep"',),
         ("whole-job",),
     ),
     "gradient_error": Part(
