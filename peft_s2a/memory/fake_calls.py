@@ -70,8 +70,8 @@ class _Unseen(Exception):
 
 def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable | None:
     """What decides the result's layout; None where more than layouts might."""
-    if any(tag in func.tags for tag in _CHANGES_METADATA):
-        return None
+    if any(tag in func.tags for tag in _CHANGES_METADATA) or any(isinstance(v, Tensor) for v in kwargs.values()):
+        return None  # a tensor by keyword is one to write the result to
     try:
         key = func, *map(_part, args), *((name, _part(value)) for name, value in kwargs.items())
         hash(key)

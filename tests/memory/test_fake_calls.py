@@ -67,3 +67,13 @@ def test_what_changes_the_layout_of_its_argument_runs_each_time():
             with torch.no_grad():
                 x.set_(y)
             assert tuple(x.shape) == (5,)
+
+
+def test_what_is_given_its_result_returns_it():
+    calls = FakeCalls()
+    with FakeTensorMode() as mode:
+        mode.cache_enabled = False
+        for _ in range(2):
+            x, result = torch.empty(4, 6), torch.empty(4, 6)
+            found = calls.run(torch.ops.aten.mul.out, (x, x), {"out": result})
+            assert found.untyped_storage()._cdata == result.untyped_storage()._cdata
