@@ -100,11 +100,11 @@ def plot_pareto() -> None:
 
 
 def plot_allocation() -> None:
-    """Bits by layer and operator, of the newest calibration by instance to 4 bits of each model."""
+    """Bits by layer and operator, of each model's newest calibration by instance to 4 bits with nothing rebuilt."""
     newest = {
         record["model"]: record
         for record in read("allocation")
-        if record["kind"] == "auto" and record["groups"] == "instance" and record["bits"] == 4
+        if (record["kind"], record.get("groups"), record["bits"]) == ("auto", "instance", 4) and not record.get("share")
     }
     for model, record in newest.items():
         allocation = {"by": "instance", "target_bits": record["bits"], "groups": record["allocation"]}

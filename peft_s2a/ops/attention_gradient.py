@@ -99,9 +99,8 @@ def gradients_by_heads(
     _, heads, length, _ = query.shape
     groups = key.shape[1]
     shared = heads // max(groups, 1)
-    pieces = min(
-        groups, math.ceil(heads * length * key.shape[2] / PIECE_SCORES)
-    )  # of one item: several fit, or one is cut
+    # by the scores of one item: where a piece has several items, all their heads fit
+    pieces = min(groups, math.ceil(heads * length * key.shape[2] / PIECE_SCORES))
     for start, stop in piece_bounds(heads, math.ceil(groups / max(pieces, 1)) * shared):
         q, k = slice(start, stop), slice(start // shared, stop // shared)
         piece_mask = mask if mask is None or mask.dim() < 3 or mask.shape[-3] == 1 else mask[..., q, :, :]
