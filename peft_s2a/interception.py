@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from .ops.leftovers import LeftoverHooks
-from .ops.lineage import Origin
+from .ops.origin import Origin
 from .settings import ActivationSettings
 from .table import FORWARD_ONLY, GROWING, METADATA, RULES, TABLE, Context, record_lineage
 from .table.calls import OperatorCalls, plain_path

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..codecs.base import Codec, IdentityCodec, Kept
+from ..codecs.base import Codec, Kept
 from ..codecs.chunked import decode_range
 from .short_product import short_product
 
@@ -59,13 +59,6 @@ class Node:
     items: Items | None
 
 
-def comes_from_codes(node: Node) -> bool:
-    """Whether all that the tensor is made from is decoded, so that it carries the error of codes."""
-    if not node.parents:
-        return isinstance(node.step, DecodeNormalised) and not isinstance(node.step.codec, IdentityCodec)
-    return all(map(comes_from_codes, node.parents))
-
-
 @dataclass(frozen=True)
 class Instruction:
     """`registers[i] = step(registers[inputs], leaves)`; `last` are the registers that nobody needs afterwards."""
@@ -106,9 +99,7 @@ class Program:
 
 def compile_program(nodes: Sequence[Node]) -> tuple[Program, list[Tensor]]:
     """The program that makes all of `nodes`, common steps once, and its leaves."""
-    order: dict[Node, int] = {}
-    for node in nodes:
-        _enter(node, order)
+    order = numbered(nodes)
     last_use = {order[node]: math.inf for node in nodes}
     for node, index in reversed(order.items()):
         for parent in node.parents:
@@ -132,6 +123,14 @@ def compile_program(nodes: Sequence[Node]) -> tuple[Program, list[Tensor]]:
         counts.pop() if len(counts) == 1 else None,
     )
     return program, leaves
+
+
+def numbered(nodes: Sequence[Node]) -> dict[Node, int]:
+    """Numbers of the nodes and of all that they are made from, parents first."""
+    order: dict[Node, int] = {}
+    for node in nodes:
+        _enter(node, order)
+    return order
 
 
 def _enter(node: Node, order: dict[Node, int]) -> None:
@@ -200,30 +199,6 @@ class Linear:
             return short_product(inputs[0], leaves[0], leaves[1] if len(leaves) > 1 else None)
         weight, *bias = (t.to(self.dtype) for t in leaves)
         return torch.nn.functional.linear(inputs[0].to(self.dtype), weight, *bias)
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a tensor is made from.
-
-    Attributes:
-        sources: names of the norms.
-        work: multiplications of the products on the way.
-    """
-
-    sources: frozenset[str]
-    work: int
-
-
-def origin_of(node: Node) -> Origin:
-    """The origin of a tensor; of products that made several tensors at once, its share counts."""
-    order: dict[Node, int] = {}
-    _enter(node, order)
-    size = math.prod(node.shape)
-    work = sum(
-        min(size, math.prod(n.shape)) * n.leaves[0].shape[1] for n in order if isinstance(n.step, Linear) and n.leaves
-    )
-    return Origin(frozenset(n.step.name for n in order if isinstance(n.step, DecodeNormalised)), work)
 
 
 @dataclass(frozen=True)

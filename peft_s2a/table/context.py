@@ -15,7 +15,8 @@ from torch import Tensor, float64
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..codecs.affine import ROW, GroupAffineCodec
-from ..ops.lineage import LineageBook, Node, Origin, origin_of
+from ..ops.lineage import LineageBook, Node
+from ..ops.origin import Origin, origin_of
 from ..ops.overwriting import Overwriting
 from ..ops.recipes import RecipeBook
 from ..ops.recompute import runs_again

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.lineage import Call, Input, Items, Leaf, Linear, Node, Reshape, comes_from_codes
+from ..ops.lineage import Call, Input, Items, Leaf, Linear, Node, Reshape
+from ..ops.origin import comes_from_codes
 from .context import Context
 
 Rule = Callable[[Context, Any, tuple[Any, ...], dict[str, Any]], None]
