@@ -48,6 +48,12 @@ ROUNDINGS = ("nearest", "stochastic")
 """How a number between two codes is rounded."""
 
 
+PRECISIONS = ("auto", "medium", "highest")
+"""How products of backward with frozen float32 weights are taken, in the words of `torch.set_float32_matmul_precision`:
+`"medium"` in bfloat16 where the device multiplies that faster, `"highest"` in float32, `"auto"` as `"medium"` where
+something is kept in codes."""
+
+
 @dataclass(frozen=True)
 class ActivationSettings:
     """What the operators of one adapter keep for backward.
@@ -64,6 +70,7 @@ class ActivationSettings:
             that is rebuilt; None where kinds alone count: names are then not made.
         optional: kinds of `REBUILT_KINDS` whose operators may be rebuilt one by one, where `allocated` says so.
         bits_again: bits, in place of `bits`, inside a block that runs again in backward.
+        precision: of products in backward, one of `PRECISIONS`.
     """
 
     bits: Mapping[str, int | None] = field(default_factory=dict)
@@ -74,6 +81,7 @@ class ActivationSettings:
     instances: Mapping[str, int | None] | None = None
     optional: frozenset[str] = frozenset()
     bits_again: Mapping[str, int | None] = field(default_factory=dict)
+    precision: str = "auto"
 
     @classmethod
     def from_config(
@@ -82,6 +90,7 @@ class ActivationSettings:
         activation_backend: str = "auto",
         activation_policy: str | Mapping[str, str] = "keep",
         activation_rounding: Rounding = "nearest",
+        backward_precision: str = "auto",
     ) -> ActivationSettings:
         """Settings from the fields of `S2AConfig`.
 
@@ -90,13 +99,15 @@ class ActivationSettings:
         has 8 bits. A mapping sets some kinds and leaves the others as the number 4 does; `None` is exact.
 
         Raises:
-            ValueError: for bits outside `BIT_LEVELS`, an unknown kind, backend, policy or rounding.
+            ValueError: for bits outside `BIT_LEVELS`, an unknown kind, backend, policy, rounding or precision.
         """
         rebuilt, optional, recompute_blocks = _parse_policy(activation_policy)
         if activation_backend not in BACKENDS:
             raise ValueError(f"activation_backend={activation_backend!r} is not one of {', '.join(BACKENDS)}.")
         if activation_rounding not in ROUNDINGS:
             raise ValueError(f"activation_rounding={activation_rounding!r} is not one of {', '.join(ROUNDINGS)}.")
+        if backward_precision not in PRECISIONS:
+            raise ValueError(f"backward_precision={backward_precision!r} is not one of {', '.join(PRECISIONS)}.")
         common = 4 if isinstance(activation_bits, Mapping) else activation_bits
         wide = None if common is None else 8
         bits: dict[str, Any] = {
@@ -130,6 +141,7 @@ class ActivationSettings:
             recompute_blocks,
             optional=optional,
             bits_again=again,
+            precision=backward_precision,
         )
 
     def bits_of(self, kind: str, again: bool = False) -> int | None:
@@ -141,6 +153,13 @@ class ActivationSettings:
     def rebuilds(self) -> bool:
         """Whether some operator is rebuilt or may be."""
         return bool(self.rebuilt or self.optional)
+
+    @property
+    def short_products(self) -> bool:
+        """Whether products of backward may be taken in bfloat16."""
+        if self.precision != "auto":
+            return self.precision == "medium"
+        return any(bits is not None for bits in self.bits.values())
 
     def allocated(self, bits: Mapping[str, int]) -> ActivationSettings:
         """These settings with bits of groups, by kind or by name of an operator; those with 0 bits are rebuilt.

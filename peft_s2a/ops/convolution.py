@@ -1,4 +1,7 @@
-"""Convolutions with a frozen weight: nothing of the input is kept, and the gradients are torch's own."""
+"""Convolutions with a frozen weight: nothing of the input is kept, and the gradients are torch's own.
+
+A large one's gradient may be taken with factors in bfloat16, as those of linear layers (`short_product`).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from ..pieces import piece_bounds
+from .short_product import multiplies_bfloat16
+
+SHORT_WORK, SHORT_CHANNELS = 1 << 27, 64
+"""Multiplications, and channels on either side, from which on casting the factors of a gradient pays (on a CPU)."""
+
+CPU_PIECE, DEVICE_PIECE = 1 << 20, 1 << 30
+"""Elements of the larger of both gradients that are cast at a time on a CPU, and elsewhere."""
 
 
 def shape_only(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -24,11 +36,13 @@ def _channels_last(x: Tensor) -> torch.memory_format | None:
 
 
 class ConvolutionFunction(torch.autograd.Function):
-    """`y = conv(x, W) + b` with W frozen; keeps W."""
+    """`y = conv(x, W) + b` with W frozen; keeps W. `short`: whether the gradient may be taken in bfloat16."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> Tensor:
-        ctx.geometry, ctx.shape, ctx.input_dtype = geometry, input.shape, input.dtype
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...], short: bool
+    ) -> Tensor:
+        ctx.geometry, ctx.shape, ctx.input_dtype, ctx.short = geometry, input.shape, input.dtype, short
         ctx.bias = None if bias is None else (list(bias.shape), bias.dtype)
         # torch chooses its algorithm by the layouts of input and weight, of which only the weight is there in backward
         ctx.channels_last = _channels_last(input)
@@ -50,6 +64,10 @@ class ConvolutionFunction(torch.autograd.Function):
         weight = weight.to(grad_output.dtype)
         if ctx.channels_last is not None:
             weight = weight.contiguous(memory_format=ctx.channels_last)
+        if needs_input and ctx.short and _gains_from_short(grad_output, weight, ctx.geometry):
+            grad_bias = grad_output.sum((0, *range(2, grad_output.dim()))) if needs_bias else None
+            grad_input = _short_gradient(grad_output, weight, ctx.shape, ctx.geometry, ctx.channels_last)
+            return grad_input, None, grad_bias, None, None
         grad_input, _, grad_bias = torch.ops.aten.convolution_backward(
             grad_output,
             shape_only(ctx.shape, grad_output),
@@ -62,13 +80,48 @@ class ConvolutionFunction(torch.autograd.Function):
             grad_input = grad_input.to(ctx.input_dtype)
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias_dtype)
-        return grad_input, None, grad_bias, None
+        return grad_input, None, grad_bias, None, None
 
 
-def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> Tensor:
+def _gains_from_short(grad_output: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> bool:
+    """Whether the gradient of the input is faster in bfloat16; depthwise convolutions are bound by memory."""
+    return (
+        grad_output.dtype == torch.float32
+        and geometry[-1] == 1
+        and min(weight.shape[:2]) >= SHORT_CHANNELS
+        and grad_output.numel() * (weight.numel() // grad_output.shape[1]) >= SHORT_WORK
+        and multiplies_bfloat16(weight.device)
+    )
+
+
+def _short_gradient(
+    grad_output: Tensor,
+    weight: Tensor,
+    shape: Sequence[int],
+    geometry: tuple[Any, ...],
+    channels_last: torch.memory_format | None,
+) -> Tensor:
+    """The gradient of an input of this shape, from factors in bfloat16; a few items of the batch are cast at a time."""
+    dense = channels_last or torch.contiguous_format
+    result = torch.empty(tuple(shape), dtype=grad_output.dtype, device=grad_output.device, memory_format=dense)
+    short = weight.to(torch.bfloat16)
+    piece = CPU_PIECE if weight.device.type == "cpu" else DEVICE_PIECE
+    larger = max(grad_output[0].numel(), result[0].numel())
+    for start, stop in piece_bounds(len(result), piece // max(larger, 1)):
+        rows = grad_output[start:stop].to(torch.bfloat16)
+        result[start:stop], _, _ = torch.ops.aten.convolution_backward(
+            rows, shape_only((stop - start, *shape[1:]), rows), short, None, *geometry, [True, False, False]
+        )
+    return result
+
+
+def convolution(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...], short: bool = False
+) -> Tensor:
     """`torch.convolution` with a frozen weight.
 
     Args:
+        short: whether the gradient of a large one may be taken in bfloat16.
         geometry: stride, padding, dilation, transposed, output_padding, groups, as `torch.convolution` takes them.
     """
-    return ConvolutionFunction.apply(input, weight, bias, geometry)
+    return ConvolutionFunction.apply(input, weight, bias, geometry, short)

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..codecs.base import Codec
 from ..codecs.chunked import decode_range, encode_chunked
+from .memory_order import no_view
 
 
 class LinearFunction(torch.autograd.Function):
@@ -17,7 +18,7 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, codec: Codec) -> Tensor:
-        output = torch.nn.functional.linear(input, weight, bias)
+        output = no_view(torch.nn.functional.linear(input, weight, bias))
         kept: tuple[Tensor, ...] = ()
         if ctx.needs_input_grad[1]:
             flat = input.reshape(-1)

@@ -56,3 +56,14 @@ def same_memory(x: Tensor) -> Tensor:
     fresh.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
     torch.autograd.graph.increment_version(x)
     return fresh
+
+
+def no_view(x: Tensor) -> Tensor:
+    """`x`, the fresh result of a function, as a tensor that may be changed in place behind an autograd function.
+
+    Some of torch's functions give a view of what they made (a product of more than two dimensions on a CPU), and
+    autograd lets nobody write into a view that an autograd function gave out.
+    """
+    if torch.compiler.is_compiling() or x._base is None:
+        return x
+    return same_memory(x)

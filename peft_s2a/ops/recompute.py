@@ -26,7 +26,7 @@ from ..codecs.chunked import decode_range, encode_chunked
 from ..codecs.rounding import Rounding
 from .memory_order import flatten, memory_permutation, unflatten
 from .rng import replayed_rng, rng_state
-from .short_product import short_products
+from .short_product import products_again
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class RecomputeFunction(torch.autograd.Function):
             torch.autocast(ctx.device.type, **ctx.autocast),
             replayed_rng(state, ctx.device),
             _running_again(),
-            short_products(not isinstance(ctx.codec, IdentityCodec)),
+            products_again(not isinstance(ctx.codec, IdentityCodec)),
             _unchanged_statistics(ctx.call.block),
         ):
             results = [t for t in tree_flatten(ctx.call(inputs))[0] if isinstance(t, Tensor)]

@@ -1,8 +1,8 @@
-"""Products in bfloat16 where their factors come out of codes: the second run of a product that ran in full before.
+"""Products of backward with frozen float32 weights, with factors in bfloat16 and sums in float32.
 
-A factor that was decoded from 8 bits or fewer has lost more than bfloat16 takes from it, and a device that multiplies
-bfloat16 does so twice to sixteen times as fast as float32. Gradients are never taken in bfloat16: these are products
-of forward alone, whose results decide what is decoded further on.
+What backward multiplies comes out of codes, or has gone through operators that decode them: it has lost more than
+bfloat16 takes from it, and a device that multiplies bfloat16 does so twice to sixteen times as fast as float32. That
+goes for gradients and for products of forward that are taken again. The first run of a product is never short.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..pieces import piece_bounds
+from .memory_order import no_view
 
 
 @functools.cache
@@ -31,25 +32,44 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return False
 
 
-CPU_WEIGHTS = 3 << 18
-"""Elements of a weight that are cast at a time on a CPU: 1.5 MB of bfloat16."""
+MIN_WORK, MIN_CHANNELS = 1 << 25, 128
+"""Multiplications of a product, and channels on either side, from which on casting its factors pays (on a CPU)."""
 
-DEVICE_WEIGHTS = 1 << 24
-"""The same elsewhere."""
+
+def gains_from_short(input: Tensor, weight: Tensor) -> bool:
+    """Whether the product of (..., width) and (channels, width) is faster in bfloat16."""
+    return (
+        input.dtype == weight.dtype == torch.float32
+        and min(weight.shape) >= MIN_CHANNELS
+        and input.numel() * weight.shape[0] >= MIN_WORK
+        and multiplies_bfloat16(weight.device)
+    )
+
+
+CPU_ROWS, DEVICE_ROWS = 512, 1 << 20
+"""Rows of a gradient that are cast at a time on a CPU, and elsewhere."""
+
+CPU_WEIGHTS, DEVICE_WEIGHTS = 3 << 18, 1 << 24
+"""Elements of a weight that are cast at a time: 1.5 MB of bfloat16 on a CPU."""
+
+
+def _pieces_of_weight(channels: int, other_channels: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Parts of the channels of a weight's one side, given how many the other side has."""
+    elements = CPU_WEIGHTS if device.type == "cpu" else DEVICE_WEIGHTS
+    return piece_bounds(channels, max(elements // max(other_channels, 1) // 64 * 64, 64))
 
 
 def short_product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear(input, weight, bias)` of float32 tensors, with factors in bfloat16 where that is faster.
+    """`x W^T + b` of float32 tensors, with factors in bfloat16 where that is faster; no gradient is recorded.
 
-    No gradient is recorded. The weight is cast, and the product taken, a few output channels at a time.
+    The weight is cast, and the product taken, a few output channels at a time.
     """
-    if weight.dtype != torch.float32 or not multiplies_bfloat16(weight.device):
+    if not gains_from_short(input, weight):
         return torch.nn.functional.linear(input, weight, bias)
     channels, width = weight.shape
     short = input.to(torch.bfloat16)
     output = torch.empty(*input.shape[:-1], channels, dtype=input.dtype, device=input.device)
-    step = (CPU_WEIGHTS if weight.device.type == "cpu" else DEVICE_WEIGHTS) // max(width, 1) // 64 * 64
-    for start, stop in piece_bounds(channels, max(step, 64)):
+    for start, stop in _pieces_of_weight(channels, width, weight.device):
         piece = output[..., start:stop]
         piece.copy_(torch.nn.functional.linear(short, weight[start:stop].to(torch.bfloat16)))
         if bias is not None:
@@ -57,45 +77,57 @@ def short_product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return output
 
 
+def short_gradient(grad_output: Tensor, weight: Tensor) -> Tensor:
+    """`dy W` of float32 tensors, (..., channels) and (channels, width), with factors in bfloat16.
+
+    Both are cast in pieces: nothing of the gradient's size is held beside it and the result.
+    """
+    channels, width = weight.shape
+    grad = grad_output.reshape(-1, channels)
+    result = torch.empty(len(grad), width, dtype=grad.dtype, device=grad.device)
+    for first, last in piece_bounds(len(grad), CPU_ROWS if grad.device.type == "cpu" else DEVICE_ROWS):
+        rows = grad[first:last].to(torch.bfloat16)
+        for start, stop in _pieces_of_weight(width, channels, weight.device):
+            result[first:last, start:stop] = rows @ weight[:, start:stop].to(torch.bfloat16)
+    return result.view(*grad_output.shape[:-1], width)
+
+
 class ShortLinearFunction(torch.autograd.Function):
-    """`y = x W^T + b` by `short_product`, with the gradients of the full product; keeps W alone, which is frozen."""
+    """`y = x W^T + b` with W frozen, whose gradient is short, and y too if `again`; keeps W alone."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, again: bool) -> Tensor:
         ctx.save_for_backward(weight)
-        return short_product(input, weight, bias)
+        product = short_product if again else torch.nn.functional.linear
+        return no_view(product(input, weight, bias))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         (weight,) = ctx.saved_tensors
-        grad_input = torch.matmul(grad_output, weight) if ctx.needs_input_grad[0] else None
-        grad_bias = grad_output.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return grad_input, None, grad_bias
+        grad_input = short_gradient(grad_output, weight) if ctx.needs_input_grad[0] else None
+        grad_bias = grad_output.reshape(-1, weight.shape[0]).sum(0) if ctx.needs_input_grad[2] else None
+        return grad_input, None, grad_bias, None
 
 
 class _State(threading.local):
-    active = False
+    again = False
 
 
 _STATE = _State()
 
 
 @contextmanager
-def short_products(active: bool) -> Iterator[None]:
-    """Inside, frozen linear layers of this thread may use `short_linear`."""
-    before, _STATE.active = _STATE.active, active
+def products_again(again: bool) -> Iterator[None]:
+    """Inside, products of this thread are ones of forward that are taken again, from what comes out of codes."""
+    before, _STATE.again = _STATE.again, again
     try:
         yield
     finally:
-        _STATE.active = before
+        _STATE.again = before
 
 
-def short_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """The output of a linear layer with a frozen weight, or None where the full product is to be taken."""
-    if not _STATE.active or input.dtype != torch.float32 or weight.dtype != torch.float32 or input.dim() < 2:
-        return None
-    if not multiplies_bfloat16(input.device):
-        return None
-    output: Tensor = ShortLinearFunction.apply(input, weight, bias)
+def short_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`torch.nn.functional.linear` with a frozen weight and a short gradient, for `gains_from_short`."""
+    output: Tensor = ShortLinearFunction.apply(input, weight, bias, _STATE.again)
     return output

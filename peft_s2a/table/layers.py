@@ -12,7 +12,7 @@ from ..codecs.base import IdentityCodec
 from ..ops.convolution import convolution
 from ..ops.linear import linear
 from ..ops.pooling import adaptive_average_pool, average_pool, max_pool
-from ..ops.short_product import short_linear
+from ..ops.short_product import gains_from_short, short_linear
 from .context import MIN_ELEMENTS, TABLE, Context, Handler, applies, replaces
 
 
@@ -21,8 +21,8 @@ def _linear(context: Context, input: Tensor, weight: Tensor, bias: Tensor | None
     if not weight.requires_grad:
         # torch keeps nothing of the input either, but a copy of the weight where autocast casts it
         if not torch.is_autocast_enabled(input.device.type):
-            output = None if torch.compiler.is_compiling() else short_linear(input, weight, bias)
-            return NotImplemented if output is None else output
+            gains = _short(context) and gains_from_short(input, weight)
+            return short_linear(input, weight, bias) if gains else NotImplemented
         return linear(input, weight, bias, IdentityCodec())
     if input.dim() < 3:
         # a head on pooled features is small and stays exact; a view of all tokens would keep them all
@@ -32,6 +32,11 @@ def _linear(context: Context, input: Tensor, weight: Tensor, bias: Tensor | None
     if not applies(context, "linear", input):
         return NotImplemented
     return linear(input, weight, bias, context.affine("linear"))
+
+
+def _short(context: Context) -> bool:
+    """Whether gradients of frozen layers may be taken in bfloat16; in a traced graph the compiler has them in full."""
+    return context.settings.short_products and not torch.compiler.is_compiling()
 
 
 def _repeated(value: Any, dimensions: int) -> tuple[int, ...]:
@@ -59,7 +64,7 @@ def _convolution(dimensions: int) -> Handler:
                 return NotImplemented
             padding = tuple(r // 2 if padding == "same" else 0 for r in reach)
         geometry = (stride, _repeated(padding, dimensions), dilation, False, (0,) * dimensions, groups)
-        return convolution(input, weight, bias, geometry)
+        return convolution(input, weight, bias, geometry, _short(context))
 
     return handler
 
@@ -83,7 +88,7 @@ def _transposed_convolution(dimensions: int) -> Handler:
         if weight.requires_grad or input.dim() != dimensions + 2:
             return NotImplemented
         step, border, spread, extra = (_repeated(v, dimensions) for v in (stride, padding, dilation, output_padding))
-        return convolution(input, weight, bias, (step, border, spread, True, extra, groups))
+        return convolution(input, weight, bias, (step, border, spread, True, extra, groups), _short(context))
 
     return handler
 

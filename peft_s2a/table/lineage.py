@@ -50,9 +50,8 @@ def _linear(context: Context, result: Tensor, args: tuple[Any, ...], kwargs: dic
         return
     leaves = (weight.detach(),) if bias is None else (weight.detach(), bias.detach())
     items = node.items if node.items is not None and node.items.dim < input.dim() - 1 else None
-    context.lineage.put(
-        result, Node(Linear(result.dtype, comes_from_codes(node)), (node,), leaves, result.shape, result.dtype, items)
-    )
+    step = Linear(result.dtype, context.settings.short_products and comes_from_codes(node))
+    context.lineage.put(result, Node(step, (node,), leaves, result.shape, result.dtype, items))
 
 
 def _bind_linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:

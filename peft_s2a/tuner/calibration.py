@@ -207,14 +207,14 @@ class Calibration:
 def _measured(
     settings: ActivationSettings, bits: Mapping[str, int], operators: Sequence[Operator]
 ) -> ActivationSettings:
-    """Settings with these bits by kind or operator, and everything else exact."""
+    """Settings with these bits by kind or operator, and everything else exact, products too."""
     kinds = EXACT | {name: 8 for name in bits if ":" not in name}
     if settings.rebuilt and any("source" in name.split(":") for name in bits):
         # what is made again from a source has its error, and keeps nothing itself
         kept = {operator.kind for operator in operators}
         again = [kind for kind in settings.rebuilt if kind not in kept and not (kind == "attention" and kept & _PARTS)]
         kinds |= dict.fromkeys([*again, *(ATTENTION_PARTS if "attention" in again else ())], 8)
-    return replace(settings, bits=kinds).allocated(bits)
+    return replace(settings, bits=kinds, precision="highest").allocated(bits)
 
 
 def calibrate(

@@ -71,6 +71,11 @@ class S2AConfig(PeftConfig):
             all kinds or for one, goes with `activation_bits="auto"`: the calibration chooses what is rebuilt.
         activation_rebuild_share: with `"auto"`, how much may be made again in backward, which takes time: 1 is
             everything that could be, 0 nothing; counted in multiplications.
+        backward_precision: how products of backward with frozen float32 weights are taken: gradients, and what is made
+            again. In the words of `torch.set_float32_matmul_precision`, `"medium"`: in bfloat16 with sums in float32
+            where the device multiplies that faster (CPUs with AVX512-BF16 or AMX, CUDA from compute capability 8.0
+            on); `"highest"`: in float32; `"auto"`: as `"medium"`, whose error is far below that of the codes, unless
+            `activation_bits=None`. Forward is always taken in full, and models in bfloat16 or float16 as they are.
         train_batch_norm: whether running statistics of batch norms are trained and saved with the adapter; by default
             they are frozen.
         block_shapes: shapes of the blocks' inputs, found by a shape-only run of the model and saved, so that loading
@@ -140,6 +145,9 @@ class S2AConfig(PeftConfig):
     )
     activation_rebuild_share: float = field(
         default=1.0, metadata={"help": "Share of what could be rebuilt that may be with activation_policy='auto'."}
+    )
+    backward_precision: str = field(
+        default="auto", metadata={"help": "Products of backward in float32 models: 'auto', 'medium' or 'highest'."}
     )
     train_batch_norm: bool = field(
         default=False, metadata={"help": "Whether running statistics of batch norms are trained with the adapter."}
@@ -235,7 +243,7 @@ class S2AConfig(PeftConfig):
         if bits == AUTO:
             bits = next(bits for bits in BIT_LEVELS if bits >= self.activation_target_bits)
         return ActivationSettings.from_config(
-            bits, self.activation_backend, self.activation_policy, self.activation_rounding
+            bits, self.activation_backend, self.activation_policy, self.activation_rounding, self.backward_precision
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:

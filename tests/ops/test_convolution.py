@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from peft_s2a.ops import convolution as module
 from peft_s2a.ops.convolution import convolution
 from peft_s2a.settings import ActivationSettings
 from peft_s2a.table import TABLE, Context
@@ -98,3 +99,62 @@ def test_numbers_that_are_not_finite(leaf: Any, same_as_torch: Any) -> None:
 def test_double_backward(leaf: Any, refuses_double_backward: Any) -> None:
     weight = leaf(6, 4, 3, 3, needs=False)
     refuses_double_backward(lambda x: convolution(x, weight, None, geometry(2)), leaf(2, 4, 8, 8))
+
+
+SHORT = 2**-8
+"""More than the relative error of a sum of products of numbers that were rounded to bfloat16."""
+
+
+@pytest.fixture(params=[True, False], ids=["bfloat16", "full"])
+def device_can(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(module, "SHORT_WORK", 1)
+    monkeypatch.setattr(module, "SHORT_CHANNELS", 1)
+    monkeypatch.setattr(module, "CPU_PIECE", 4 * 9 * 11 * 2)  # pieces of two items and of one
+    monkeypatch.setattr(module, "multiplies_bfloat16", lambda device: request.param)
+    return bool(request.param)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_short_gradients(option: str, channels_last: bool, device_can: bool, leaf: Any) -> None:
+    options = OPTIONS[option]
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = leaf(3, 4, 9, 11).detach().contiguous(memory_format=layout).requires_grad_()
+    weight, bias = leaf(6, 4 // options.get("groups", 1), 3, 3, needs=False), leaf(6)
+    handler = TABLE[torch.conv2d]
+    output = handler(Context(ActivationSettings.from_config(4)), x, weight, bias, **options)
+    expected = F.conv2d(x, weight, bias, **options)
+    assert torch.equal(output, expected)
+    grad = torch.randn_like(output)
+    found, wanted = (torch.autograd.grad(y, (x, bias), grad) for y in (output, expected))
+    torch.testing.assert_close(found[1], wanted[1])
+    error = float((found[0] - wanted[0]).norm() / wanted[0].norm())
+    if device_can and options.get("groups", 1) == 1:
+        assert 0 < error < SHORT
+        assert found[0].is_contiguous(memory_format=layout)
+    else:
+        assert error == 0
+
+
+def test_short_gradients_of_transposed_convolutions(device_can: bool, leaf: Any) -> None:
+    x, weight = leaf(3, 4, 9, 11), leaf(4, 6, 3, 3, needs=False)
+    handler = TABLE[torch.conv_transpose2d]
+    output = handler(Context(ActivationSettings.from_config(4)), x, weight, None, 2, 1)
+    grad = torch.randn_like(output)
+    (found,) = torch.autograd.grad(output, x, grad)
+    (wanted,) = torch.autograd.grad(F.conv_transpose2d(x, weight, None, 2, 1), x, grad)
+    error = float((found - wanted).norm() / wanted.norm())
+    assert (0 < error < SHORT) if device_can else error == 0
+
+
+def test_small_narrow_and_exact_ones_are_in_full(leaf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "multiplies_bfloat16", lambda device: True)
+    weight = leaf(6, 4, 3, 3, needs=False)
+    for limits, bits in (((1 << 27, 1), 4), ((1, 64), 4), ((1, 1), None)):
+        monkeypatch.setattr(module, "SHORT_WORK", limits[0])
+        monkeypatch.setattr(module, "SHORT_CHANNELS", limits[1])
+        x = leaf(3, 4, 9, 11)
+        output = TABLE[torch.conv2d](Context(ActivationSettings.from_config(bits)), x, weight)
+        grad = torch.randn_like(output)
+        (found,) = torch.autograd.grad(output, x, grad)
+        assert torch.equal(found, *torch.autograd.grad(F.conv2d(x, weight), x, grad))

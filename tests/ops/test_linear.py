@@ -87,3 +87,12 @@ def test_nan_reaches_the_weight_gradient(leaf: Any) -> None:
 def test_double_backward(leaf: Any, refuses_double_backward: Any) -> None:
     weight = leaf(5, 8)
     refuses_double_backward(lambda x: linear(x, weight, None, IDENTITY), leaf(2, 4, 8))
+
+
+def test_the_output_may_be_added_to_in_place(leaf: Any) -> None:
+    x, weight, bias = leaf(2, 3, 64), leaf(5, 64), leaf(5)
+    output = linear(x, weight, bias, GroupAffineCodec(8, 64))
+    assert output._base is None  # torch's own product of three dimensions is a view
+    output.add_(torch.ones(2, 3, 5))
+    output.sum().backward()
+    torch.testing.assert_close(bias.grad, torch.full((5,), 6.0))
