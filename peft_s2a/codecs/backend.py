@@ -14,6 +14,7 @@ import types
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class KernelReport:
 
 _compiled: dict[Hashable, Kernel] = {}
 _reports: dict[Hashable, KernelReport] = {}
-_failures: dict[str, str] = {}  # device and reason: after one failure nothing more is tried there
+_failures: dict[str, str] = {}  # device and reason: where there is no compiler nothing more is tried
 _numbers = itertools.count()
 _lock = threading.RLock()
 
@@ -108,8 +109,14 @@ def _first_call(key: Hashable, kernel: Kernel, spec: Hashable, tensors: tuple[Te
         try:
             result = compiled(*tensors)
         except Exception as error:  # whatever is missing or unsupported: the reference does the same work
-            _fail(device, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
-            _reports[key] = KernelReport(f"{kernel.__name__} {spec}", device, False, _failures[device])
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            _reports[key] = KernelReport(f"{kernel.__name__} {spec}", device, False, reason)
+            if _compiler_works(first.device):
+                _compiled[key] = partial(kernel, spec)
+                _warn(f"Calls of {kernel.__name__} for {device}", reason, "Please report this as an issue")
+            else:
+                _failures[device] = reason
+                _warn(f"Kernels for {device}", reason, "Install a C++ compiler (CPU) or Triton (GPU)")
             return kernel(spec, *tensors)
         seconds = time.perf_counter() - start
         _compiled[key] = compiled
@@ -129,13 +136,21 @@ def _compile(kernel: Kernel, spec: Hashable) -> Kernel:
     return torch.compile(own, fullgraph=True, options={"emulate_precision_casts": True})
 
 
-def _fail(device: str, reason: str) -> None:
-    _failures[device] = reason
+def _compiler_works(device: torch.device) -> bool:
+    """Whether anything can be compiled for the device."""
+    try:
+        torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
+    except Exception:
+        return False
+    return True
+
+
+def _warn(what: str, reason: str, cure: str) -> None:
     warnings.warn(
-        f"Kernels for {device} cannot be compiled and run eagerly, with the same results: {reason} "
-        "Install a C++ compiler (CPU) or Triton (GPU), or set activation_backend='eager' to do without.",
+        f"{what} cannot be compiled and run eagerly, with the same results: {reason} "
+        f"{cure}, or set activation_backend='eager' to do without.",
         UserWarning,
-        stacklevel=2,
+        stacklevel=3,
     )
 
 
@@ -145,7 +160,7 @@ class BackendReport:
 
     Attributes:
         kernels: one entry for each kernel that was to be compiled in this process.
-        failures: for each device on which compiling failed, why; its kernels run eagerly.
+        failures: for each device on which nothing can be compiled, why; its kernels run eagerly.
         cache: folder in which Inductor keeps compiled code, also for other processes.
     """
 
@@ -159,7 +174,7 @@ class BackendReport:
         ]
         lines += [f"{device}: eager, because compiling failed: {reason}" for device, reason in self.failures.items()]
         for k in self.kernels:
-            state = f"compiled in {k.seconds:.1f} s" if k.compiled else "eager"
+            state = f"compiled in {k.seconds:.1f} s" if k.compiled else f"eager ({k.reason})"
             lines.append(f"{k.device}: {state}: {k.kernel}")
         if not self.kernels:
             lines.append(f"No kernel was compiled so far; tensors of fewer than {MIN_ELEMENTS} elements run eagerly.")

@@ -60,17 +60,12 @@ def _rows_gradient(g: Tensor, x_hat: Tensor, rstd: Tensor, gamma: Tensor | None,
 class _Backward:
     codec: GroupAffineCodec
     kind: Kind
-    in_place: bool
 
 
-def _input_gradient(spec: _Backward, grad: Tensor, rstd: Tensor, gamma: Tensor | None, *kept: Tensor) -> Tensor | None:
-    """Decodes and takes the gradient, in place or not: a kernel."""
+def _input_gradient(spec: _Backward, grad: Tensor, rstd: Tensor, gamma: Tensor | None, *kept: Tensor) -> Tensor:
+    """Decodes and takes the gradient: a kernel. It writes over nothing: Inductor fails at that with some bits."""
     x_hat = spec.codec.decode_rows(kept, rstd.dtype)
-    found = _rows_gradient(grad.to(rstd.dtype), x_hat, rstd, gamma, spec.kind).to(grad.dtype)
-    if spec.in_place:
-        grad.copy_(found)
-        return None
-    return found
+    return _rows_gradient(grad.to(rstd.dtype), x_hat, rstd, gamma, spec.kind).to(grad.dtype)
 
 
 @dataclass(frozen=True)
@@ -169,14 +164,15 @@ class NormFunction(torch.autograd.Function):
         in_place = in_place and grad_output.is_contiguous() and grad.dtype == ctx.input_dtype
         grad_input = grad if needs_input and in_place else None
         grad_weight = torch.zeros(width, dtype=wide, device=grad.device) if needs_weight else None
-        if needs_input and not needs_weight and _fuses(codec, grad):
-            found = run(codec.backend, _input_gradient, _Backward(codec, ctx.kind, in_place), grad, rstd, gamma, *kept)
-            grad_input = grad if found is None else found.to(ctx.input_dtype)
-        elif needs_input or needs_weight:
-            if needs_input and grad_input is None:
-                grad_input = torch.empty(grad.shape, dtype=ctx.input_dtype, device=grad.device)
-            for start, stop in chunk_bounds(grad.numel(), grad.device, codec.unit, width):
-                rows = slice(start // width, stop // width)
+        if needs_input and grad_input is None:
+            grad_input = torch.empty(grad.shape, dtype=ctx.input_dtype, device=grad.device)
+        fuses = grad_weight is None and _fuses(codec, grad)
+        for start, stop in chunk_bounds(grad.numel(), grad.device, codec.unit, width):
+            rows = slice(start // width, stop // width)
+            if fuses and grad_input is not None:
+                spec, codes = _Backward(codec, ctx.kind), (t[rows] for t in kept)
+                grad_input[rows] = run(codec.backend, _input_gradient, spec, grad[rows], rstd[rows], gamma, *codes)
+            elif needs_input or needs_weight:
                 x_hat = decode_range(codec, tuple(kept), start, stop, wide).view(-1, width)
                 g = grad[rows].to(wide)
                 if grad_weight is not None:

@@ -154,7 +154,7 @@ def test_what_cannot_be_compiled_runs_eagerly_and_says_so_once(monkeypatch: pyte
         return call
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    with pytest.warns(UserWarning, match="cannot be compiled and run eagerly.*No working C\\+\\+ compiler"):
+    with pytest.warns(UserWarning, match="Kernels for cpu cannot be compiled and run eagerly.*No working"):
         ours = heads_step(replace(HEADS, backend="compile"), 2)
     pointwise_step(replace(DERIVATIVE, backend="compile"), 2)  # a second warning would be an error
     assert all(torch.equal(a, b) for a, b in zip(ours, heads_step(HEADS, 2), strict=True))
@@ -162,6 +162,26 @@ def test_what_cannot_be_compiled_runs_eagerly_and_says_so_once(monkeypatch: pyte
     assert [k.compiled for k in report.kernels] == [False]
     assert "No working C++ compiler" in str(report)
     assert report.failures == {"cpu": "RuntimeError: No working C++ compiler found"}
+
+
+@pytest.mark.usefixtures("afresh")
+def test_one_kernel_that_cannot_be_compiled_leaves_the_others_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_ = backend._compile
+
+    def fails(*tensors: Tensor) -> Any:
+        raise KeyError("buf0")
+
+    monkeypatch.setattr(
+        backend, "_compile", lambda kernel, spec: fails if isinstance(spec, tuple) else compile_(kernel, spec)
+    )
+    codec = replace(ROWS, backend="compile")
+    x = torch.randn(300 * 256)
+    with pytest.warns(UserWarning, match="Calls of _decode_rows for cpu cannot be compiled and run eagerly.*buf0"):
+        ours = codec.decode(kept, x.numel(), x.dtype)
+    codec.decode(kept, x.numel(), x.dtype)  # a second warning would be an error
+    assert torch.equal(ours, ROWS.decode(kept, x.numel(), x.dtype))
+    assert sorted(k.compiled for k in explain_backend().kernels) == [False, True]
+    assert explain_backend().failures == {}
 
 
 def test_settings() -> None:
@@ -174,12 +194,12 @@ def test_settings() -> None:
 def test_other_bits_are_compiled_too(codec: Any, afresh: None) -> None:
     """A second kernel of the same source, whose numbers differ, is compiled for its own numbers."""
     step = next(step for step, known in STEPS.values() if known is codec)
-    for bits in (4, 2):
+    for bits in (4, 6):  # norms with 6 bits are one that Inductor failed at
         codec = replace(codec, num_bits=bits)
         compiled = step(replace(codec, backend="compile"), 3)
         for found, expected in zip(compiled, step(codec, 3), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert not backend._failures
+    assert all(k.compiled for k in explain_backend().kernels)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("rms", torch.float32), ("layer", torch.bfloat16)])

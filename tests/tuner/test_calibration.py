@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from peft_s2a import Allocation, S2AConfig, blockwise, calibrate
+from peft_s2a.ops import short_product
 from peft_s2a.precision import allocate
 from peft_s2a.table import Context
 from peft_s2a.table.calls import Scope, plain_path
@@ -384,3 +385,17 @@ def test_norms_with_an_activation_inside_are_told_apart(bits_asked):
     model(torch.randn(2, 3, 64, 64))
     norms = {name for name, _ in bits_asked if ":norm:" in name}
     assert len(norms) == sum(isinstance(module, nn.BatchNorm2d) for module in base.modules())
+
+
+def test_what_is_measured_are_the_codes_and_not_the_products_of_backward(batch, monkeypatch):
+    monkeypatch.setattr(short_product, "MIN_WORK", 1)
+    monkeypatch.setattr(short_product, "MIN_CHANNELS", 1)
+    found = {}
+    for short in (True, False):
+        monkeypatch.setattr(short_product, "multiplies_bfloat16", lambda device, short=short: short)
+        model = make_model()
+        found[short] = calibrate(model, [batch], images=2)
+        trained = gradients(model, batch)
+        assert found[short].as_dict() == found[True].as_dict()
+        found[short, "gradients"] = torch.cat([g.flatten() for g in trained.values()])
+    assert not torch.equal(found[True, "gradients"], found[False, "gradients"])
