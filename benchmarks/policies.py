@@ -21,6 +21,11 @@ POLICIES: dict[str, Fields] = {
     "keep, compiled": {"activation_bits": 4, "activation_backend": "compile"},
     "rebuild attention": {"activation_policy": {"attention": "rebuild"}},
     "rebuild attention, 6 bits": {"activation_policy": {"attention": "rebuild"}, "activation_bits": {"source": 6}},
+    "rebuild attention, 6 bits, compiled": {
+        "activation_policy": {"attention": "rebuild"},
+        "activation_bits": {"source": 6},
+        "activation_backend": "compile",
+    },
     "rebuild": {"activation_policy": "rebuild"},
     "rebuild, 6 bits": {"activation_policy": "rebuild", "activation_bits": {"source": 6}},
     "recompute": {"activation_policy": "recompute"},

@@ -30,7 +30,7 @@ from .rng import replayed_rng, rng_state
 def _items_per_piece(query: tuple[int, ...], key: tuple[int, ...], device: torch.device) -> int:
     """Batch items whose q, k, v and (H, L, S) scores are decoded at a time."""
     per_item = query[1] * (query[2] * query[3] + 2 * key[2] * key[3])
-    size = 8 * CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK
+    size = 4 * CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK
     return max(1, size // max(per_item, 1))
 
 

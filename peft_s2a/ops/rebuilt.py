@@ -20,7 +20,7 @@ from .ownership import owned
 
 def spans(count: int, numel: int, device: torch.device) -> Iterator[Span]:
     """Splits the items of a tensor of `numel` elements into pieces that bear the temporaries of a product."""
-    size = 8 * CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK
+    size = 4 * CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK
     step = max(1, size * count // max(numel, 1))
     return piece_bounds(count, step)
 
