@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from peft_s2a.interception import ActivationMode
+from peft_s2a.mode import ActivationMode
 from peft_s2a.settings import ActivationSettings
 
 B, L, D, H = 4, 24, 64, 4

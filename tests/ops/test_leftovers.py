@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_s2a.codecs.affine import GroupAffineCodec
 from peft_s2a.codecs.stand_in import BoolCodec, IndexCodec
-from peft_s2a.interception import ActivationMode
+from peft_s2a.mode import ActivationMode
 from peft_s2a.ops.leftovers import MIN_ELEMENTS, CodedTensor, LeftoverHooks, SavedCodecs
 from peft_s2a.settings import ActivationSettings
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_s2a.interception import ActivationMode
+from peft_s2a.mode import ActivationMode
 from peft_s2a.ops.lineage import LineageBook, compile_program
 from peft_s2a.settings import ActivationSettings
 

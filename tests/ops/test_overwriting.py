@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_s2a.interception import ActivationMode
+from peft_s2a.mode import ActivationMode
 from peft_s2a.settings import ActivationSettings
 
 B, D = 32, 128

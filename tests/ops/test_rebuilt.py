@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_s2a.interception import ActivationMode
+from peft_s2a.mode import ActivationMode
 from peft_s2a.ops import attention, rebuilt
 from peft_s2a.settings import REBUILT_KINDS, ActivationSettings
 

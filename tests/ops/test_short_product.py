@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_s2a.codecs.base import IdentityCodec
-from peft_s2a.interception import ActivationMode
+from peft_s2a.mode import ActivationMode
 from peft_s2a.ops import short_product as module
 from peft_s2a.ops.lineage import compile_program
 from peft_s2a.ops.linear import LinearFunction
