@@ -21,10 +21,10 @@ from .ops.recompute import recompute
 from .pieces import shortening_mode
 from .structure.bias import shared_sums
 
-CPU_PIECE = {"keep": 1 << 19, "rebuild": 3 << 17, "recompute": 1 << 18}
-"""Elements of a block's input that are worth a call of their own on a CPU, by policy. Fewer are slower; the more is
-live beside them, the fewer they are."""
-DEVICE_PIECE = {"keep": 1 << 22, "rebuild": 1 << 22, "recompute": 1 << 21}
+CPU_PIECE, CPU_PIECE_AGAIN = 3 << 17, 1 << 18
+"""Elements of a block's input that are worth a call of their own on a CPU, the latter where the block runs again, with
+more live beside them. Fewer are slower."""
+DEVICE_PIECE, DEVICE_PIECE_AGAIN = 1 << 22, 1 << 21
 """The same elsewhere: enough to hide launches."""
 
 MixesItems = Callable[[nn.Module], bool]
@@ -81,7 +81,7 @@ class BlockForward:
             bits = self.interceptor.block_bits(self.block, x.numel())
             return recompute(self._in_mode, self.block, args, kwargs, x, bits, settings.rounding)
 
-        size = self._items_per_piece(x, leaves, "recompute" if again else "rebuild" if settings.rebuilds else "keep")
+        size = self._items_per_piece(x, leaves, again)
         if size >= len(x) or not self._can_split(x, leaves, spec):
             return run(*args, **kwargs)
 
@@ -92,7 +92,7 @@ class BlockForward:
         with shared_sums():
             simulation = shortening_mode()
             if simulation is not None:
-                return simulation.all_at_once(run_piece, x, size)
+                return tree_map(_marked, simulation.all_at_once(run_piece, x, size))
             return tree_map(_joined, *map(run_piece, x.split(size)))
 
     def _in_mode(self, *args: Any, **kwargs: Any) -> Any:
@@ -108,10 +108,11 @@ class BlockForward:
         return any(t.requires_grad for t in (*tensors, *self.block.parameters()))
 
     @staticmethod
-    def _items_per_piece(x: Tensor, leaves: list[Any], policy: str) -> int:
+    def _items_per_piece(x: Tensor, leaves: list[Any], again: bool) -> int:
         if len(x) < 2 or any(isinstance(t, Tensor) and t is not x and t.dim() and t.shape[0] != 1 for t in leaves):
             return len(x)  # which of the others belong to the items is not known
-        size = (CPU_PIECE if x.device.type == "cpu" else DEVICE_PIECE)[policy]
+        pieces = (CPU_PIECE, CPU_PIECE_AGAIN) if x.device.type == "cpu" else (DEVICE_PIECE, DEVICE_PIECE_AGAIN)
+        size = pieces[again]
         return max(1, -(-size * len(x) // max(x.numel(), 1)))
 
     def _can_split(self, x: Tensor, leaves: list[Any], spec: Any) -> bool:
@@ -149,14 +150,28 @@ def _is_quantized(module: nn.Module) -> bool:
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether the module has hooks of others, which expect a call for each batch."""
-    if isinstance(vars(module).get("forward"), BlockForward):
-        return False  # hooks on the block itself run outside
+    return not isinstance(vars(module).get("forward"), BlockForward) and _has_hooks_of_others(module)
+
+
+def _has_hooks_of_others(module: nn.Module) -> bool:
+    """On a block itself they run outside of its pieces."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return any((getattr(hook, "__module__", None) or "").partition(".")[0] != _PACKAGE for hook in hooks)
 
 
 def _joined(first: Any, *others: Any) -> Any:
-    return torch.cat([first, *others]) if isinstance(first, Tensor) else first
+    return _marked(torch.cat([first, *others])) if isinstance(first, Tensor) else first
+
+
+def _marked(joined: Any) -> Any:
+    if isinstance(joined, Tensor):
+        joined._s2a_joined = joined._version  # type: ignore[attr-defined]
+    return joined
+
+
+def is_joined(block: nn.Module, output: Tensor) -> bool:
+    """Whether this output of a block was just joined from pieces, so that only the caller's hooks can see it."""
+    return getattr(output, "_s2a_joined", None) == output._version and not _has_hooks_of_others(block)
 
 
 def _agree(both: Any, first: Any, second: Any) -> bool:

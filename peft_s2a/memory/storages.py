@@ -182,7 +182,7 @@ class StorageTracker(ShortensLoops):
         if self._open:
             return run(x)  # the piece of a piece
         pieces = Fraction(len(x), size)
-        x = _Passage.apply(x, self.close_section, True)
+        x = _Passage.apply(x, self.close_section)
         self.open_section(pieces)
         result = run(x)
         self.close_section()
@@ -190,7 +190,10 @@ class StorageTracker(ShortensLoops):
         def joined(piece: Any) -> Any:
             if not isinstance(piece, Tensor):
                 return piece
-            return _Passage.apply(torch.cat([piece]), lambda: self.open_section(pieces), False)
+            whole = torch.cat([piece])
+            if whole.requires_grad:
+                whole.register_hook(lambda gradient: self.open_section(pieces))
+            return whole
 
         return tree_map(joined, result)
 
@@ -222,14 +225,14 @@ class StorageTracker(ShortensLoops):
 
 
 class _Passage(torch.autograd.Function):
-    """Passes a tensor on, and tells when its gradient comes by."""
+    """Passes a tensor on, tells when its gradient comes by, and joins the gradient's pieces."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, passed: Callable[[], None], joins: bool) -> Tensor:
-        ctx.passed, ctx.joins = passed, joins
+    def forward(ctx: Any, x: Tensor, passed: Callable[[], None]) -> Tensor:
+        ctx.passed = passed
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         ctx.passed()
-        return grads[0].clone() if ctx.joins else grads[0], None, None
+        return grads[0].clone(), None

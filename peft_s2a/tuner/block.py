@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..blockwise import is_joined
 from ..structure import BlockShape, SideWeights, pooled_width, prompt_for, side_for
 from .config import S2AConfig
 from .image_size import ImageSize
@@ -118,9 +119,8 @@ class BlockAdapter(nn.Module, S2ALayer):
             weights = SideWeights(*(self._leaf(leaf)[name] for leaf in SIDE_LEAVES))
             inside, outside = (x, y) if items is None else (x[items], y[items])
             side = side_for(inside, outside, weights, self.shapes[name], self.reductions[name])
-            # the side branch's own tensor takes the sum: three tensors of this size would be live for a new one
-            own = items is None and side._base is None and (side.shape, side.dtype) == (total.shape, total.dtype)
-            total = side.add_(total) if own else _add(total, side, items)
+            joined = is_joined(block, total)
+            total = _add_side(total, side, joined) if items is None else _add(total, side, items)
         return replace_first(output, y, total)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -175,6 +175,15 @@ def attach(block: nn.Module, image_size: ImageSize) -> BlockAdapter:
     block.register_forward_pre_hook(adapter.before_block, with_kwargs=True)
     block.register_forward_hook(adapter.after_block, with_kwargs=True)
     return adapter
+
+
+def _add_side(total: torch.Tensor, side: torch.Tensor, joined: bool) -> torch.Tensor:
+    """The sum, in the memory of one of both where nobody else sees it: a new one would be a third of their size."""
+    if joined and total.dtype == side.dtype:
+        return total.add_(side)
+    if side._base is None and (side.shape, side.dtype) == (total.shape, total.dtype):
+        return side.add_(total)
+    return total + side
 
 
 def _add(total: torch.Tensor, part: torch.Tensor, items: list[int] | None) -> torch.Tensor:

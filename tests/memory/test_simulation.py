@@ -138,7 +138,7 @@ class Activations(nn.Module):
 def test_a_loop_over_pieces_counts_one_piece(batch):
     model = get_peft_model(Activations(), S2AConfig(prompt_rank=0, side_reduction=0, image_size=128))
     images = torch.randn(batch, 3, 128, 128)
-    assert (images.numel() // 3 * 16 > 8 * CPU_CHUNK) == (batch > 4)
+    assert (images.numel() // 3 * 16 > 4 * CPU_CHUNK) == (batch > 4)
     assert simulate_step(model, images).step_peak == pytest.approx(peak_step_bytes(model, images), rel=0.01)
 
 
@@ -240,8 +240,8 @@ def test_the_peak_is_predicted_for_every_batch(families, name, method):
         return simulate_step(model, families[name].images(batch))
 
     # batches that fill the pieces of the loops, and one that does not
-    by_batch = PeakByBatch.fit(simulate, 1024, simulate(1024))
-    for batch in (1024, 1400, 4000):
+    by_batch = PeakByBatch.fit(simulate, 2048, simulate(2048))
+    for batch in (2048, 2800, 4000):
         assert by_batch.peak(batch) == pytest.approx(simulate(batch).peak, rel=0.03)
     assert simulate(8).peak <= by_batch.peak(8)
     budget = simulate(3000).peak
@@ -308,7 +308,7 @@ def test_blocks_in_pieces(policy, items):
     )
     model = get_peft_model(Blocks(), config)
     x = torch.randn(items, 512, 64)
-    assert x.numel() > CPU_PIECE[policy]
+    assert x.numel() > CPU_PIECE
     simulated = simulate_step(model, x)
     assert simulated.step_peak == pytest.approx(peak_step_bytes(model, x), rel=0.04)
     assert simulated.kept == pytest.approx(kept_bytes_by_allocator(model, x), rel=0.02)
