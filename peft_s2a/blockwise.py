@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import _global_forward_hooks
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .interception import ActivationInterceptor
@@ -92,8 +93,13 @@ class BlockForward:
         with shared_sums():
             simulation = shortening_mode()
             if simulation is not None:
-                return tree_map(_marked, simulation.all_at_once(run_piece, x, size))
-            return tree_map(_joined, *map(run_piece, x.split(size)))
+                output = simulation.all_at_once(run_piece, x, size)
+            else:
+                output = tree_map(_joined, *map(run_piece, x.split(size)))
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, Tensor):
+                    setattr(tensor, _JOINED_BY, (id(self.block), tensor._version))
+            return output
 
     def _in_mode(self, *args: Any, **kwargs: Any) -> Any:
         entered = self.interceptor.enter(forward_only=True)
@@ -155,23 +161,34 @@ def _is_watched(module: nn.Module) -> bool:
 
 def _has_hooks_of_others(module: nn.Module) -> bool:
     """On a block itself they run outside of its pieces."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any((getattr(hook, "__module__", None) or "").partition(".")[0] != _PACKAGE for hook in hooks)
+    return any(map(_is_of_others, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())))
+
+
+def _is_of_others(hook: Any) -> bool:
+    return (getattr(hook, "__module__", None) or "").partition(".")[0] != _PACKAGE
 
 
 def _joined(first: Any, *others: Any) -> Any:
-    return _marked(torch.cat([first, *others])) if isinstance(first, Tensor) else first
+    return torch.cat([first, *others]) if isinstance(first, Tensor) else first
 
 
-def _marked(joined: Any) -> Any:
-    if isinstance(joined, Tensor):
-        joined._s2a_joined = joined._version  # type: ignore[attr-defined]
-    return joined
+_JOINED_BY = "_s2a_joined_by"
+"""Attribute of a tensor that was joined from pieces: number of the block, and the tensor's version."""
 
 
-def is_joined(block: nn.Module, output: Tensor) -> bool:
-    """Whether this output of a block was just joined from pieces, so that only the caller's hooks can see it."""
-    return getattr(output, "_s2a_joined", None) == output._version and not _has_hooks_of_others(block)
+def takes_joined(block: nn.Module, output: Tensor) -> bool:
+    """Whether this output of a block was just joined from its pieces and nobody else can have seen it.
+
+    Only the first question about an output is answered yes: whoever asks may write over it.
+    """
+    mark = vars(output).pop(_JOINED_BY, None)
+    return (
+        mark is not None
+        and mark == (id(block), output._version)
+        and isinstance(vars(block).get("forward"), BlockForward)  # not wrapped by others
+        and not _has_hooks_of_others(block)
+        and not any(map(_is_of_others, _global_forward_hooks.values()))
+    )
 
 
 def _agree(both: Any, first: Any, second: Any) -> bool:

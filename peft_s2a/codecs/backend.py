@@ -108,6 +108,8 @@ def _first_call(key: Hashable, kernel: Kernel, spec: Hashable, tensors: tuple[Te
         start = time.perf_counter()
         try:
             result = compiled(*tensors)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever is missing or unsupported: the reference does the same work
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
             _reports[key] = KernelReport(f"{kernel.__name__} {spec}", device, False, reason)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Permutation = tuple[int, ...]
 
@@ -64,6 +65,6 @@ def no_view(x: Tensor) -> Tensor:
     Some of torch's functions give a view of what they made (a product of more than two dimensions on a CPU), and
     autograd lets nobody write into a view that an autograd function gave out.
     """
-    if torch.compiler.is_compiling() or x._base is None:
+    if torch.compiler.is_compiling() or x._base is None or is_traceable_wrapper_subclass(x):
         return x
     return same_memory(x)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..pieces import piece_bounds
 from .memory_order import no_view
@@ -40,6 +41,8 @@ def gains_from_short(input: Tensor, weight: Tensor) -> bool:
     """Whether the product of (..., width) and (channels, width) is faster in bfloat16."""
     return (
         input.dtype == weight.dtype == torch.float32
+        and weight.dim() == 2
+        and not is_traceable_wrapper_subclass(weight)  # weights in codes of others: they know how they are multiplied
         and min(weight.shape) >= MIN_CHANNELS
         and input.numel() * weight.shape[0] >= MIN_WORK
         and multiplies_bfloat16(weight.device)
@@ -85,10 +88,11 @@ def short_gradient(grad_output: Tensor, weight: Tensor) -> Tensor:
     channels, width = weight.shape
     grad = grad_output.reshape(-1, channels)
     result = torch.empty(len(grad), width, dtype=grad.dtype, device=grad.device)
-    for first, last in piece_bounds(len(grad), CPU_ROWS if grad.device.type == "cpu" else DEVICE_ROWS):
-        rows = grad[first:last].to(torch.bfloat16)
-        for start, stop in _pieces_of_weight(width, channels, weight.device):
-            result[first:last, start:stop] = rows @ weight[:, start:stop].to(torch.bfloat16)
+    with torch.autocast(grad.device.type, enabled=False):
+        for first, last in piece_bounds(len(grad), CPU_ROWS if grad.device.type == "cpu" else DEVICE_ROWS):
+            rows = grad[first:last].to(torch.bfloat16)
+            for start, stop in _pieces_of_weight(width, channels, weight.device):
+                result[first:last, start:stop] = rows @ weight[:, start:stop].to(torch.bfloat16)
     return result.view(*grad_output.shape[:-1], width)
 
 

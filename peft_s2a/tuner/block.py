@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..blockwise import is_joined
+from ..blockwise import takes_joined
 from ..structure import BlockShape, SideWeights, pooled_width, prompt_for, side_for
 from .config import S2AConfig
 from .image_size import ImageSize
@@ -119,7 +119,7 @@ class BlockAdapter(nn.Module, S2ALayer):
             weights = SideWeights(*(self._leaf(leaf)[name] for leaf in SIDE_LEAVES))
             inside, outside = (x, y) if items is None else (x[items], y[items])
             side = side_for(inside, outside, weights, self.shapes[name], self.reductions[name])
-            joined = is_joined(block, total)
+            joined = takes_joined(block, total)
             total = _add_side(total, side, joined) if items is None else _add(total, side, items)
         return replace_first(output, y, total)
 

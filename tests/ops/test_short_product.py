@@ -87,6 +87,21 @@ def test_where_it_is_a_gain(
         assert short_product(input, weight, None).dtype == dtype
 
 
+def test_a_weight_of_one_dimension(device_does: None, leaf: Any) -> None:
+    x, weight = leaf(3, D), leaf(D, needs=False)
+    with ActivationMode(ActivationSettings.from_config(4)):
+        output = F.linear(x, weight)
+    (found,) = torch.autograd.grad(output.sum(), x)
+    torch.testing.assert_close(found, weight.expand(3, D))
+
+
+def test_a_backward_under_autocast(device_does: None, leaf: Any) -> None:
+    _, weight, _ = layer(leaf)
+    grad = torch.full((L, E), 1e6)  # beyond float16
+    with torch.autocast("cpu", torch.float16):
+        assert short_gradient(grad, weight).isfinite().all()
+
+
 def test_forward_is_in_full_until_it_is_taken_again(device_does: None, leaf: Any) -> None:
     x, weight, bias = layer(leaf)
     expected = F.linear(x, weight, bias)

@@ -65,17 +65,81 @@ def test_the_sum_is_the_same_in_either_memory(pieces: bool, ways: list[bool], mo
         torch.testing.assert_close(gradient, expected[1][name], rtol=0.05, atol=1e-3)
 
 
-def test_hooks_of_others_keep_what_they_saw(ways: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+class Look:
+    """A hook, or a wrapper of a forward, that keeps what comes out, and a copy of it."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, block: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            self.seen.append((output, output.detach().clone()))
+
+    def around(self, forward: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            self(nn.Module(), args, output)
+            return output
+
+        return wrapped
+
+    def unchanged(self) -> bool:
+        return bool(self.seen) and all(torch.equal(output, copy) for output, copy in self.seen)
+
+
+@pytest.mark.parametrize("way", ["hook", "global hook", "wrapper"])
+def test_others_keep_what_they_saw(way: str, ways: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockwise, "CPU_PIECE", 1)
-    base = T.ViTForImageClassification(T.ViTConfig(**SIZES))
-    seen: list[torch.Tensor] = []
-    copies: list[torch.Tensor] = []
+    base, look = T.ViTForImageClassification(T.ViTConfig(**SIZES)), Look()
+    layer = base.vit.layers[0]
+    if way == "hook":
+        layer.register_forward_hook(look)
+    model = make_model(base)
+    if way == "wrapper":
+        layer.forward = look.around(layer.forward)
+    handle = nn.modules.module.register_module_forward_hook(look) if way == "global hook" else None
+    run(model)
+    if handle is not None:
+        handle.remove()
+    assert ways == [False, way != "global hook"]
+    assert look.unchanged()
 
-    def look(block: nn.Module, args: Any, output: torch.Tensor) -> None:
-        seen.append(output)
-        copies.append(output.detach().clone())
 
-    base.vit.layers[0].register_forward_hook(look)
-    run(make_model(base))
-    assert ways == [False, True]
-    assert torch.equal(seen[-1], copies[-1])
+def test_what_an_inner_block_joined_is_not_the_outer_blocks(ways: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "CPU_PIECE", 1)
+
+    class Chain(nn.Module):
+        def __init__(self, *parts: nn.Module) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList(parts)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for part in self.parts:
+                x = part(x)
+            return x
+
+    def make_stage() -> Chain:
+        return Chain(*(nn.TransformerEncoderLayer(32, 2, 64, dropout=0, batch_first=True) for _ in range(2)))
+
+    stages = make_stage(), make_stage()
+    base, look = Chain(*stages), Look()
+    stages[0].parts[1].register_forward_hook(look)
+    shape = {"layout": "tokens", "channels": 32, "out_channels": 32, "grid": [5], "num_extra": 0}
+    config = S2AConfig(
+        block_modules=r"parts\.\d+",
+        block_shapes={"parts.0": shape, "parts.1": shape},
+        prompt_rank=0,
+        init_weights=False,
+        target_modules=["linear1"],
+    )
+    x = torch.randn(4, 5, 32)
+    get_peft_model(base, config).train()(x).sum().backward()  # type: ignore[arg-type]
+    assert len(ways) == 2
+    assert look.unchanged()
+
+
+def test_inference_mode() -> None:
+    model = make_model()
+    with torch.inference_mode():
+        for training in (True, False):
+            assert model.train(training)(pixel_values=torch.randn(2, 3, 32, 32)).logits.isfinite().all()
