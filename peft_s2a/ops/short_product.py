@@ -1,7 +1,7 @@
 """Products of backward with frozen float32 weights, with factors in bfloat16 and sums in float32.
 
 What backward multiplies comes out of codes, or has gone through operators that decode them: it has lost more than
-bfloat16 takes from it, and a device that multiplies bfloat16 does so twice to sixteen times as fast as float32. That
+bfloat16 takes from it, and many devices multiply bfloat16 twice to sixteen times as fast as float32. That
 goes for gradients and for products of forward that are taken again. The first run of a product is never short.
 """
 
@@ -24,12 +24,17 @@ from .memory_order import no_view
 
 @functools.cache
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions that multiply bfloat16 faster than float32."""
+    """Whether the device multiplies bfloat16 faster than float32.
+
+    Intel's processors do so in tiles (AMX) alone: without them, AVX512-BF16 takes twice as long there as float32.
+    Others gain a factor of two from AVX512-BF16.
+    """
     if device.type == "cuda":
         return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+        known = torch.cpu.get_capabilities()
+        intel = str(known.get("cpu_name", "")).startswith("Intel")
+        return bool(known.get("amx_bf16") or (known.get("avx512_bf16") and not intel))
     return False
 
 

@@ -172,3 +172,21 @@ def test_what_is_rebuilt_from_codes(device_does: None, bits: int | None, precisi
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(ValueError, match="backward_precision='low' is not one of auto, medium, highest"):
         ActivationSettings.from_config(4, backward_precision="low")
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, True),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, False),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True, "amx_bf16": False}, True),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": False}, False),
+        ({}, False),
+    ],
+    ids=["tiles", "Intel without tiles", "AMD", "before bfloat16", "unknown"],
+)
+def test_which_processors_gain(known: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    module.multiplies_bfloat16.cache_clear()
+    assert module.multiplies_bfloat16(torch.device("cpu")) == expected
+    module.multiplies_bfloat16.cache_clear()
