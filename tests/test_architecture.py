@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "memory": {"pieces"},
     "codecs": {"pieces"},
     "ops": {"codecs", "pieces", "settings"},
-    "table": {"codecs", "ops", "settings"},
+    "table": {"codecs", "ops", "settings", "structure"},
     "mode": {"ops", "settings", "table"},
     "interception": {"mode", "ops", "settings", "table"},
     "blockwise": {"interception", "ops", "pieces", "structure"},

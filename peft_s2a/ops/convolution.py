@@ -43,7 +43,7 @@ class ConvolutionFunction(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...], short: bool
     ) -> Tensor:
         ctx.geometry, ctx.shape, ctx.input_dtype, ctx.short = geometry, input.shape, input.dtype, short
-        ctx.bias = None if bias is None else (list(bias.shape), bias.dtype)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         # torch chooses its algorithm by the layouts of input and weight, of which only the weight is there in backward
         ctx.channels_last = _channels_last(input)
         ctx.save_for_backward(weight)
@@ -60,27 +60,22 @@ class ConvolutionFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         needs_input, _, needs_bias = ctx.needs_input_grad[:3]
-        bias_shape, bias_dtype = ctx.bias or (None, None)
+        grad_bias = None
+        if needs_bias:  # not from convolution_backward, which takes the gradient of the weight for it on some devices
+            grad_bias = grad_output.sum((0, *range(2, grad_output.dim()))).to(ctx.bias_dtype)
+        if not needs_input:
+            return None, None, grad_bias, None, None
         weight = weight.to(grad_output.dtype)
         if ctx.channels_last is not None:
             weight = weight.contiguous(memory_format=ctx.channels_last)
-        if needs_input and ctx.short and _gains_from_short(grad_output, weight, ctx.geometry):
-            grad_bias = grad_output.sum((0, *range(2, grad_output.dim()))) if needs_bias else None
+        if ctx.short and _gains_from_short(grad_output, weight, ctx.geometry):
             grad_input = _short_gradient(grad_output, weight, ctx.shape, ctx.geometry, ctx.channels_last)
-            return grad_input, None, grad_bias, None, None
-        grad_input, _, grad_bias = torch.ops.aten.convolution_backward(
-            grad_output,
-            shape_only(ctx.shape, grad_output),
-            weight,
-            bias_shape,
-            *ctx.geometry,
-            [needs_input, False, needs_bias],
-        )
-        if grad_input is not None:
-            grad_input = grad_input.to(ctx.input_dtype)
-        if grad_bias is not None:
-            grad_bias = grad_bias.to(bias_dtype)
-        return grad_input, None, grad_bias, None, None
+        else:
+            input = shape_only(ctx.shape, grad_output)
+            grad_input, _, _ = torch.ops.aten.convolution_backward(
+                grad_output, input, weight, None, *ctx.geometry, [True, False, False]
+            )
+        return grad_input.to(ctx.input_dtype), None, grad_bias, None, None
 
 
 def _gains_from_short(grad_output: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> bool:

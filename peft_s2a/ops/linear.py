@@ -1,4 +1,7 @@
-"""Linear layers: with a frozen weight nothing of the input is kept, with a trained one its codes."""
+"""Linear layers: with a frozen weight nothing of the input is kept, with a trained one its codes.
+
+One whose result is added to something takes no memory for the result, and no pass over it: `add_linear`.
+"""
 
 from __future__ import annotations
 
@@ -48,3 +51,83 @@ class LinearFunction(torch.autograd.Function):
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, codec: Codec) -> Tensor:
     """`torch.nn.functional.linear`."""
     return LinearFunction.apply(input, weight, bias, codec)
+
+
+class AddLinearFunction(torch.autograd.Function):
+    """`total + (x W^T + b)` as one product, with b as one more column of W; keeps x through `codec`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        total: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        dim: int,
+        in_place: bool,
+        codec: Codec,
+    ) -> Tensor:
+        flat = input.reshape(-1)
+        kept = encode_chunked(codec, flat.numel(), flat.device, lambda start, stop: flat[start:stop])
+        ctx.dim, ctx.codec, ctx.shape = dim % total.dim(), codec, input.shape
+        ctx.dtypes = input.dtype, weight.dtype, bias.dtype
+        ctx.save_for_backward(weight, *kept)
+        if _matrices(total, ctx.dim) is None:
+            total, in_place = total.contiguous(), False
+        in_place = in_place and total._base is None
+        output = total if in_place else torch.empty_like(total)
+        before, after = _matrices(total, ctx.dim), _matrices(output, ctx.dim)
+        assert before is not None and after is not None
+        columns = _with_ones(input, total.dtype)
+        rows = torch.cat([weight, bias[:, None]], 1).to(total.dtype)
+        with torch.autocast(total.device.type, enabled=False):
+            if before.dim() == 2:
+                torch.addmm(before, columns.flatten(0, -2), rows.T, out=after)
+            else:
+                torch.baddbmm(before, rows.expand(len(before), *rows.shape), columns.flatten(1, -2).mT, out=after)
+        if in_place:
+            ctx.mark_dirty(total)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *kept = ctx.saved_tensors
+        grad = _matrices(grad_output, ctx.dim)
+        if grad is None:
+            grad = _matrices(grad_output.contiguous(), ctx.dim)
+            assert grad is not None
+        grad_input = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[1]:
+            grad_input = (grad if grad.dim() == 2 else grad.mT) @ weight.to(grad.dtype)
+            grad_input = grad_input.to(ctx.dtypes[0]).view(ctx.shape)
+        if any(ctx.needs_input_grad[2:4]):
+            x = decode_range(ctx.codec, tuple(kept), 0, ctx.shape.numel(), ctx.dtypes[0]).view(ctx.shape)
+            columns = _with_ones(x, grad.dtype)
+            if grad.dim() == 2:
+                found = grad.T @ columns.flatten(0, -2)
+            else:
+                found = (grad @ columns.flatten(1, -2)).sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
+            grad_weight, grad_bias = found[:, :-1].to(ctx.dtypes[1]), found[:, -1].to(ctx.dtypes[2])
+        return grad_output, grad_input, grad_weight, grad_bias, None, None, None
+
+
+def _matrices(x: Tensor, dim: int) -> Tensor | None:
+    """A view of features with C channels in `dim`: (N, C), or (B, C, N) where channels do not come last in memory."""
+    last = x.movedim(dim, -1)
+    if last.is_contiguous():
+        return last.view(-1, x.shape[dim])
+    return x.view(*x.shape[:2], -1) if dim == 1 and x.is_contiguous() else None
+
+
+def _with_ones(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(..., d) as (..., d + 1)."""
+    return torch.nn.functional.pad(x.to(dtype), (0, 1), value=1.0)
+
+
+def add_linear(
+    total: Tensor, input: Tensor, weight: Tensor, bias: Tensor, dim: int, in_place: bool, codec: Codec
+) -> Tensor:
+    """`peft_s2a.structure.add_linear`, in the memory of `total` if that is wanted and possible."""
+    output: Tensor = AddLinearFunction.apply(total, input, weight, bias, dim, in_place, codec)
+    return output

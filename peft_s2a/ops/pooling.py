@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..codecs.chunked import CPU_CHUNK, DEVICE_CHUNK
 from ..codecs.packing import pack, unpack
+from ..pieces import Bounds, piece_bounds
 from .convolution import shape_only
+from .memory_order import empty_in_order, memory_permutation
 
 _ROW = 1024
 
@@ -61,16 +64,26 @@ class MaxPoolFunction(torch.autograd.Function):
         dilation: tuple[int, int],
         ceil_mode: bool,
     ) -> Tensor:
-        output, indices = torch.ops.aten.max_pool2d_with_indices(input, kernel, stride, padding, dilation, ceil_mode)
         ctx.geometry = kernel, stride, padding, dilation, ceil_mode
         ctx.shape = input.shape
         ctx.num_bits = next(b for b in (1, 2, 4, 8) if 2**b >= kernel[0] * kernel[1])
-        row, column = _origins(output, stride, padding)
-        y = (indices // input.shape[-1] - row) // dilation[0]
-        x = (indices % input.shape[-1] - column) // dilation[1]
-        codes = (y * kernel[1] + x).to(torch.uint8).reshape(-1)
-        codes = torch.nn.functional.pad(codes, (0, -codes.numel() % _ROW))
-        ctx.save_for_backward(pack(codes.view(-1, _ROW), ctx.num_bits))
+        output = codes = torch.empty(0)
+        for start, stop in _few_items(input):
+            piece, indices = torch.ops.aten.max_pool2d_with_indices(input[start:stop], *ctx.geometry)
+            if not start:
+                shape = (len(input), *piece.shape[1:])
+                output = empty_in_order(shape, memory_permutation(piece), piece.dtype, piece.device)
+                codes = torch.empty(shape, dtype=torch.uint8, device=piece.device)
+            output[start:stop] = piece
+            row, column = _origins(piece, stride, padding)
+            y = torch.div(indices, input.shape[-1], rounding_mode="floor").sub_(row)
+            x = indices.remainder_(input.shape[-1]).sub_(column)
+            if dilation != (1, 1):
+                y, x = y // dilation[0], x // dilation[1]
+            codes[start:stop] = y.mul_(kernel[1]).add_(x)
+        flat = codes.view(-1)
+        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % _ROW))
+        ctx.save_for_backward(pack(flat.view(-1, _ROW), ctx.num_bits))
         return output
 
     @staticmethod
@@ -78,14 +91,27 @@ class MaxPoolFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (packed,) = ctx.saved_tensors
         kernel, stride, padding, dilation, _ = ctx.geometry
-        codes = unpack(packed, ctx.num_bits, _ROW).view(-1)[: grad_output.numel()].view(grad_output.shape).long()
+        codes = unpack(packed, ctx.num_bits, _ROW).view(-1)[: grad_output.numel()].view(grad_output.shape)
         row, column = _origins(grad_output, stride, padding)
-        y = codes // kernel[1] * dilation[0] + row
-        x = codes % kernel[1] * dilation[1] + column
-        grad = torch.ops.aten.max_pool2d_with_indices_backward(
-            grad_output, grad_output.new_empty(ctx.shape), *ctx.geometry, y * ctx.shape[-1] + x
-        )
+        grad = grad_output.new_empty(ctx.shape)
+        for start, stop in _few_items(grad):
+            code = codes[start:stop].long()
+            x = (code % kernel[1]).mul_(dilation[1]).add_(column)
+            indices = code.div_(kernel[1], rounding_mode="floor").mul_(dilation[0]).add_(row)
+            indices.mul_(ctx.shape[-1]).add_(x)
+            dummy = shape_only(grad[start:stop].shape, grad)
+            grad[start:stop] = torch.ops.aten.max_pool2d_with_indices_backward(
+                grad_output[start:stop], dummy, *ctx.geometry, indices
+            )
         return grad, None, None, None, None, None
+
+
+def _few_items(input: Tensor) -> Bounds:
+    """Items, or channels where there is no batch, that are worked on at a time: 64 bits a position are many."""
+    size = CPU_CHUNK if input.device.type == "cpu" else DEVICE_CHUNK
+    if torch.compiler.is_compiling() or not input.numel():
+        return iter([(0, len(input))])
+    return piece_bounds(len(input), size // input[0].numel())
 
 
 def _origins(output: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -14,13 +14,15 @@ from .bias import (
 )
 from .layout import BlockShape, Layout
 from .prompt import interpolate_rows, prompt_for, resolve_grid
-from .side import SideWeights, channel_average_pool, pooled_width, side_for
+from .side import SideWeights, add_linear, add_side, channel_average_pool, pooled_width
 
 __all__ = [
     "BiasSlot",
     "BlockShape",
     "Layout",
     "SideWeights",
+    "add_linear",
+    "add_side",
     "adds_bias_last",
     "bias_slots",
     "call_with_bias_deltas",
@@ -34,6 +36,5 @@ __all__ = [
     "pooled_width",
     "prompt_for",
     "resolve_grid",
-    "side_for",
     "stand_in",
 ]

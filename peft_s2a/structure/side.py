@@ -2,6 +2,8 @@
 
 The block's input (D channels) is averaged over groups of s channels without any parameter, a small network works on
 the D/s channels, and its output is added to the block's output. Backward keeps D/s-wide features only.
+
+The last product is taken onto the block's output (`add_linear`): it has no memory of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .layout import BlockShape
 
@@ -51,8 +54,8 @@ def channel_average_pool(x: torch.Tensor, reduction: int, dim: int = -1) -> torc
     whole = channels // reduction
     pooled = []
     if whole:
-        groups = torch.unflatten(x.narrow(dim, 0, whole * reduction), dim, (whole, reduction))
-        pooled.append(groups.mean(dim + 1))
+        divisible = x if whole * reduction == channels else x.narrow(dim, 0, whole * reduction)
+        pooled.append(torch.unflatten(divisible, dim, (whole, reduction)).mean(dim + 1))
     if channels % reduction:
         pooled.append(x.narrow(dim, whole * reduction, channels % reduction).mean(dim, keepdim=True))
     return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim)
@@ -68,17 +71,46 @@ def _pool_positions(small: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor
     return pool(small.movedim(-1, 1), sizes if len(sizes) > 1 else sizes[0]).movedim(1, -1)
 
 
-def side_for(
-    x: torch.Tensor, output: torch.Tensor, weights: SideWeights, shape: BlockShape, reduction: int
+def add_linear(
+    total: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dim: int, in_place: bool
 ) -> torch.Tensor:
-    """What the side branch adds to the block's output.
+    """`total + (W input + b)`, a function that modes may replace as they do those of torch.
+
+    Args:
+        total: features with C channels in dimension `dim`, 1 or the last one.
+        input: (B, *sizes, d), channels last, whatever `dim` is.
+        weight: (C, d).
+        bias: (C).
+        in_place: whether the sum may take the memory of `total`; a mode does so, torch's own functions do not.
+
+    Returns:
+        the sum, in the dtype of `total`.
+    """
+    tensors = (total, input, weight, bias)
+    if not torch.compiler.is_compiling() and has_torch_function(tensors):
+        result: torch.Tensor = handle_torch_function(add_linear, tensors, *tensors, dim, in_place)
+        return result
+    product = F.linear(input, weight, bias).to(total.dtype)
+    return total + (product if dim % total.dim() == total.dim() - 1 else product.movedim(-1, dim))
+
+
+def add_side(
+    output: torch.Tensor,
+    x: torch.Tensor,
+    weights: SideWeights,
+    shape: BlockShape,
+    reduction: int,
+    in_place: bool = False,
+) -> torch.Tensor:
+    """The block's output with the side branch added to it.
 
     Where a block changes the number of positions (a strided block), the pooled features are averaged over the
     positions to the output's; where it changes the channels, the way up leads to the output's channels.
 
     Args:
-        x: the block's input, laid out as `shape.layout` says.
-        output: the block's output, in the same layout.
+        output: the block's output, laid out as `shape.layout` says.
+        x: the block's input, in the same layout.
+        in_place: whether the sum may take the memory of `output`.
 
     Returns:
         a tensor of the output's shape and dtype.
@@ -97,5 +129,4 @@ def side_for(
     sizes = tuple(output.shape[2:]) if dim == 1 else tuple(output.shape[1:-1])
     small = _pool_positions(small, sizes)
     hidden = F.gelu(F.linear(small, weights.down_weight, weights.down_bias))
-    side = F.linear(hidden, weights.up_weight, weights.up_bias).to(output.dtype)
-    return side if dim == side.dim() - 1 else side.movedim(-1, dim)
+    return add_linear(output, hidden, weights.up_weight, weights.up_bias, dim, in_place)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..codecs.base import IdentityCodec
 from ..ops.convolution import convolution
-from ..ops.linear import linear
+from ..ops.linear import add_linear, linear
 from ..ops.pooling import adaptive_average_pool, average_pool, max_pool
 from ..ops.short_product import gains_from_short, short_linear
+from ..structure import add_linear as added_by_side_branches
 from .context import MIN_ELEMENTS, TABLE, Context, Handler, applies, replaces
 
 
@@ -32,6 +33,14 @@ def _linear(context: Context, input: Tensor, weight: Tensor, bias: Tensor | None
     if not applies(context, "linear", input):
         return NotImplemented
     return linear(input, weight, bias, context.affine("linear"))
+
+
+@replaces(added_by_side_branches)
+def _add_linear(
+    context: Context, total: Tensor, input: Tensor, weight: Tensor, bias: Tensor, dim: int, in_place: bool
+) -> Any:
+    codec = context.affine("linear") if applies(context, "linear", input) else IdentityCodec()
+    return add_linear(total, input, weight, bias, dim, in_place, codec)
 
 
 def _short(context: Context) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..blockwise import takes_joined
-from ..structure import BlockShape, SideWeights, pooled_width, prompt_for, side_for
+from ..structure import BlockShape, SideWeights, add_side, pooled_width, prompt_for
 from .config import S2AConfig
 from .image_size import ImageSize
 from .layer import S2ALayer
@@ -117,10 +117,12 @@ class BlockAdapter(nn.Module, S2ALayer):
         total = y
         for name, items in acting:
             weights = SideWeights(*(self._leaf(leaf)[name] for leaf in SIDE_LEAVES))
-            inside, outside = (x, y) if items is None else (x[items], y[items])
-            side = side_for(inside, outside, weights, self.shapes[name], self.reductions[name])
-            joined = takes_joined(block, total)
-            total = _add_side(total, side, joined) if items is None else _add(total, side, items)
+            about = weights, self.shapes[name], self.reductions[name]
+            if items is None:
+                total = add_side(total, x, *about, in_place=takes_joined(block, total))
+            else:
+                index = torch.tensor(items, device=total.device)
+                total = total.index_copy(0, index, add_side(total[items], x[items], *about))
         return replace_first(output, y, total)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -175,15 +177,6 @@ def attach(block: nn.Module, image_size: ImageSize) -> BlockAdapter:
     block.register_forward_pre_hook(adapter.before_block, with_kwargs=True)
     block.register_forward_hook(adapter.after_block, with_kwargs=True)
     return adapter
-
-
-def _add_side(total: torch.Tensor, side: torch.Tensor, joined: bool) -> torch.Tensor:
-    """The sum, in the memory of one of both where nobody else sees it: a new one would be a third of their size."""
-    if joined and total.dtype == side.dtype:
-        return total.add_(side)
-    if side._base is None and (side.shape, side.dtype) == (total.shape, total.dtype):
-        return side.add_(total)
-    return total + side
 
 
 def _add(total: torch.Tensor, part: torch.Tensor, items: list[int] | None) -> torch.Tensor:

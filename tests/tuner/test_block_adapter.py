@@ -43,13 +43,13 @@ def run(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 def ways(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each sum that is made, whether the block's output was joined from pieces."""
     found: list[bool] = []
-    add = module._add_side
+    add = module.add_side
 
-    def recorded(total: torch.Tensor, side: torch.Tensor, joined: bool) -> torch.Tensor:
-        found.append(joined)
-        return add(total, side, joined)
+    def recorded(*args: Any, in_place: bool) -> torch.Tensor:
+        found.append(in_place)
+        return add(*args, in_place=in_place)
 
-    monkeypatch.setattr(module, "_add_side", recorded)
+    monkeypatch.setattr(module, "add_side", recorded)
     return found
 
 
