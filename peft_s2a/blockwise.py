@@ -3,6 +3,8 @@
 What a block needs for itself (the wide layer of an MLP, queries, keys and values, gradients of all of them) is then
 there for a few items only. Blocks of a network treat the items of a batch alike; whether this one does is tried out on
 its first two items, and a block that mixes items, or that somebody watches from inside, runs on the whole batch.
+
+A prompt that is added to the block's input is added to each piece: no second input is held for the length of the block.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules.module import _global_forward_hooks
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .interception import ActivationInterceptor
+from .ops.joining import in_pieces
 from .ops.recompute import recompute
 from .pieces import shortening_mode
 from .structure.bias import shared_sums
@@ -50,6 +53,7 @@ class BlockForward:
         self.mixes_items = mixes_items
         self.replaced: Callable[..., Any] | None = vars(block).get("forward")
         self.treats_items_alike: bool | None = None
+        self.prompt: Tensor | None = None
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -65,17 +69,20 @@ class BlockForward:
         return self.interceptor.scoped(self.block, self._forward)(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        prompt, self.prompt = self.prompt, None
         mode = self.interceptor.active_mode
         if mode is None or not self.block.training or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return self._forward(*args, **kwargs)
+            return self._forward(*_prompted(args, prompt), **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         x = next((t for t in leaves if isinstance(t, Tensor)), None)
         if x is None or x.dim() < 2 or not all(isinstance(t, (Tensor, *_PLAIN)) for t in leaves):
-            return self._forward(*args, **kwargs)  # a cache, say: it must see every call once
+            # a cache, say: it must see every call once
+            return self._forward(*_prompted(args, prompt), **kwargs)
         settings = mode.context.settings
         again = settings.recompute_blocks and self._needs_grad(leaves)
 
         def run(*args: Any, **kwargs: Any) -> Any:
+            args = _prompted(args, prompt)
             if not again:
                 return self._run(*args, **kwargs)
             x = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
@@ -92,10 +99,10 @@ class BlockForward:
 
         with shared_sums():
             simulation = shortening_mode()
-            if simulation is not None:
-                output = simulation.all_at_once(run_piece, x, size)
+            if simulation is None:
+                output = in_pieces(run_piece, x, size)
             else:
-                output = tree_map(_joined, *map(run_piece, x.split(size)))
+                output = simulation.all_at_once(lambda x: in_pieces(run_piece, x, len(x)), x, size)
             for tensor in tree_leaves(output):
                 if isinstance(tensor, Tensor):
                     setattr(tensor, _JOINED_BY, (id(self.block), tensor._version))
@@ -164,12 +171,30 @@ def _has_hooks_of_others(module: nn.Module) -> bool:
     return any(map(_is_of_others, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())))
 
 
+def _may_be_seen(block: nn.Module) -> bool:
+    """Whether others look at what goes into the block and what comes out of it."""
+    global_hooks = *_global_forward_hooks.values(), *_global_forward_pre_hooks.values()
+    return _has_hooks_of_others(block) or any(map(_is_of_others, global_hooks))
+
+
 def _is_of_others(hook: Any) -> bool:
     return (getattr(hook, "__module__", None) or "").partition(".")[0] != _PACKAGE
 
 
-def _joined(first: Any, *others: Any) -> Any:
-    return torch.cat([first, *others]) if isinstance(first, Tensor) else first
+def _prompted(args: tuple[Any, ...], prompt: Tensor | None) -> tuple[Any, ...]:
+    return args if prompt is None else (args[0] + prompt, *args[1:])
+
+
+def takes_prompt(block: nn.Module, x: Tensor, args: tuple[Any, ...]) -> bool:
+    """Whether the block's forward may be left to add a prompt to its input, since nobody looks at the input before."""
+    if torch.compiler.is_compiling() or not args or args[0] is not x:
+        return False
+    return isinstance(vars(block).get("forward"), BlockForward) and not _may_be_seen(block)
+
+
+def leave_prompt(block: nn.Module, prompt: Tensor) -> None:
+    """Has the block's next forward, which is about to be called, add a prompt (1, ...) to its first argument."""
+    vars(block)["forward"].prompt = prompt
 
 
 _JOINED_BY = "_s2a_joined_by"
@@ -188,8 +213,7 @@ def takes_joined(block: nn.Module, output: Tensor) -> bool:
         mark is not None
         and mark == (id(block), output._version)
         and isinstance(vars(block).get("forward"), BlockForward)  # not wrapped by others
-        and not _has_hooks_of_others(block)
-        and not any(map(_is_of_others, _global_forward_hooks.values()))
+        and not _may_be_seen(block)
     )
 
 

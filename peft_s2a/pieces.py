@@ -20,7 +20,11 @@ class ShortensLoops(TorchDispatchMode):
         raise NotImplementedError
 
     def all_at_once(self, run: Callable[[Tensor], Any], x: Tensor, size: int) -> Any:
-        """`run(x)` in place of runs on pieces of `size` items each, whose outputs are joined."""
+        """`run(x)`, which does in one piece what otherwise is done in pieces of `size` items each."""
+        raise NotImplementedError
+
+    def made_at_once(self, tensor: Tensor) -> None:
+        """Says that the first piece makes this in full."""
         raise NotImplementedError
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves
 
 from ..pieces import Bounds, ShortensLoops
 from .fake_calls import FakeCalls
@@ -31,6 +31,7 @@ class Storage:
     Attributes:
         of_weights: whether it was made of weights alone, so that its size does not depend on the batch.
         parts: it is a temporary of a loop over this many parts, each of which has one of its own.
+        at_once: it is made in full with the first of some pieces.
     """
 
     bytes: int
@@ -41,6 +42,7 @@ class Storage:
     died: int | None = None
     of_weights: bool = False
     parts: int = 1
+    at_once: bool = False
 
 
 @dataclass(eq=False)
@@ -62,11 +64,12 @@ class Section:
         for storage, sign in inside:
             ends_here = storage.died is not None and storage.died < self.last
             temporary = storage.born >= self.first and ends_here
+            full = storage.of_weights or storage.at_once
             if temporary:
-                share = 1.0 if storage.of_weights else 1 / max(storage.parts, pieces)
+                share = 1.0 if full else 1 / max(storage.parts, pieces)
                 sizes = int(storage.bytes * share), 0, int(storage.bytes * share)
             else:
-                share, rest = (1.0, 0.0) if storage.of_weights else (1 / pieces, min(1.0, pieces - 1) / pieces)
+                share, rest = (1.0, 0.0) if full else (1 / pieces, min(1.0, pieces - 1) / pieces)
                 piece, remainder = int(storage.bytes * share), int(storage.bytes * rest)
                 sizes = piece, storage.bytes - piece - remainder, remainder
             first.append((storage, sign * sizes[0]))
@@ -178,7 +181,7 @@ class StorageTracker(ShortensLoops):
                 storage.parts = max(storage.parts, many)
 
     def all_at_once(self, run: Callable[[Tensor], Any], x: Tensor, size: int) -> Any:
-        """Runs on all items, in one section of forward and one of backward, and joins outputs and gradients."""
+        """Runs on all items, in one section of forward and one of backward."""
         if self._open:
             return run(x)  # the piece of a piece
         pieces = Fraction(len(x), size)
@@ -186,16 +189,16 @@ class StorageTracker(ShortensLoops):
         self.open_section(pieces)
         result = run(x)
         self.close_section()
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda gradient: self.open_section(pieces))
+        return result
 
-        def joined(piece: Any) -> Any:
-            if not isinstance(piece, Tensor):
-                return piece
-            whole = torch.cat([piece])
-            if whole.requires_grad:
-                whole.register_hook(lambda gradient: self.open_section(pieces))
-            return whole
-
-        return tree_map(joined, result)
+    def made_at_once(self, tensor: Tensor) -> None:
+        """Counts a storage in full from the first piece on."""
+        storage = self.storage_of(tensor)
+        if storage is not None:
+            storage.at_once = True
 
     def open_section(self, pieces: Fraction) -> None:
         if self._open and self._open.first == len(self.events):
@@ -225,7 +228,7 @@ class StorageTracker(ShortensLoops):
 
 
 class _Passage(torch.autograd.Function):
-    """Passes a tensor on, tells when its gradient comes by, and joins the gradient's pieces."""
+    """Passes a tensor on, and tells when its gradient comes by."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, passed: Callable[[], None]) -> Tensor:
@@ -235,4 +238,4 @@ class _Passage(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         ctx.passed()
-        return grads[0].clone(), None
+        return grads[0], None

@@ -34,26 +34,22 @@ class FixedBatchNormFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        in_place = owned(grad_output)
         mean, variance, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
         grad_input = grad_bias = None
-        if needs[0]:
-            grad_input, _, _ = torch.ops.aten.native_batch_norm_backward(
-                grad_output,
-                shape_only(ctx.shape, grad_output),
-                weight,
-                mean,
-                variance,
-                None,
-                None,
-                False,
-                ctx.eps,
-                [True, False, False],
-            )
         if needs[4]:
             # torch's kernel for a strided input would add up in the dtype of a bfloat16 gradient
             over = [d for d in range(grad_output.dim()) if d != 1]
             grad_bias = grad_output.sum(over, dtype=mean.dtype)
+        if needs[0]:
+            factor = 1 / torch.sqrt(variance + ctx.eps)
+            factor = factor if weight is None else factor * weight
+            factor = factor.view(-1, *[1] * (grad_output.dim() - 2))
+            if in_place and torch.result_type(grad_output, factor) == grad_output.dtype:
+                grad_input = grad_output.mul_(factor)
+            else:
+                grad_input = (grad_output * factor).to(grad_output.dtype)
         return grad_input, None, None, None, grad_bias, None
 
 

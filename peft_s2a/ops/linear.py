@@ -99,8 +99,9 @@ class AddLinearFunction(torch.autograd.Function):
             assert grad is not None
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
-            grad_input = (grad if grad.dim() == 2 else grad.mT) @ weight.to(grad.dtype)
-            grad_input = grad_input.to(ctx.dtypes[0]).view(ctx.shape)
+            weight = weight.to(grad.dtype)
+            grad_input = grad @ weight if grad.dim() == 2 else torch.bmm(weight.T.expand(len(grad), -1, -1), grad).mT
+            grad_input = grad_input.to(ctx.dtypes[0]).reshape(ctx.shape)
         if any(ctx.needs_input_grad[2:4]):
             x = decode_range(ctx.codec, tuple(kept), 0, ctx.shape.numel(), ctx.dtypes[0]).view(ctx.shape)
             columns = _with_ones(x, grad.dtype)

@@ -63,13 +63,30 @@ class MaskedFunction(torch.autograd.Function):
         grad_input = grad if in_place else torch.empty_like(grad)
         for start, stop in chunk_bounds(grad.numel(), grad.device, _UNIT):
             mask = decode_mask(packed[start // _UNIT : -(-stop // _UNIT)], stop - start)
-            piece = grad[start:stop]
-            inside = piece if slope == 1 else piece * slope
-            outside = piece.new_zeros(()) if other_slope == 0 else piece * other_slope
-            torch.where(mask, inside, outside, out=grad_input[start:stop])
+            _select(grad[start:stop], mask, slope, other_slope, out=grad_input[start:stop])
         if in_place and shares_memory(grad, grad_output):
             return grad_output, None, None, None, None, None
         return unflatten(grad_input, grad_output.shape, ctx.permutation), None, None, None, None, None
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _select(grad: Tensor, mask: Tensor, slope: float, other_slope: float, out: Tensor) -> None:
+    """Writes `grad * slope` where the mask is set, and elsewhere `grad * other_slope`, or 0 whatever the gradient is.
+
+    Without `torch.where`, which takes five times as long on a CPU.
+    """
+    integers = _INTEGERS[grad.element_size()]
+    all_bits = mask.view(torch.int8).neg().to(integers)
+    outside = None
+    if other_slope != 0:
+        outside = (grad.view(integers) & ~all_bits).view(grad.dtype).mul_(other_slope)
+    torch.bitwise_and(grad.view(integers), all_bits, out=out.view(integers))
+    if slope != 1:
+        out.mul_(slope)
+    if outside is not None:
+        out.add_(outside)  # one of both is zero
 
 
 def masked(

@@ -45,7 +45,7 @@ def empty_in_order(shape: Sequence[int], permutation: Permutation, dtype: torch.
 
 def shares_memory(x: Tensor, y: Tensor) -> bool:
     """Whether one is a view of the other, or of the same memory."""
-    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
+    return torch._C._storage_address(x) == torch._C._storage_address(y)
 
 
 def same_memory(x: Tensor) -> Tensor:

@@ -25,14 +25,16 @@ from .memory_order import is_dense
 Counts = tuple[int, ...]
 
 
-def _storage_count(tensor: Tensor) -> int:
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+def storage_count(tensor: Tensor) -> int:
+    """How many tensors, and others, hold the memory of this one."""
+    # not by way of `untyped_storage()`, whose result would hold the memory, too, for as long as it lives
+    return torch._C._storage_Use_Count(torch._C._storage_address(tensor))
 
 
 def _counts(gradient: Tensor) -> Counts:
     """References to the object, the tensor and the storage; of a view, also to the tensor that it is a view of."""
     base = gradient._base
-    counts = sys.getrefcount(gradient), gradient._use_count(), _storage_count(gradient)  # type: ignore[attr-defined]
+    counts = sys.getrefcount(gradient), gradient._use_count(), storage_count(gradient)  # type: ignore[attr-defined]
     if base is None:
         return counts
     return *counts, sys.getrefcount(base), base._use_count()  # type: ignore[attr-defined]

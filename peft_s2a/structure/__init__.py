@@ -14,7 +14,7 @@ from .bias import (
 )
 from .layout import BlockShape, Layout
 from .prompt import interpolate_rows, prompt_for, resolve_grid
-from .side import SideWeights, add_linear, add_side, channel_average_pool, pooled_width
+from .side import SideWeights, add_linear, add_side, channel_average_pool, pool_for_side, pooled_width
 
 __all__ = [
     "BiasSlot",
@@ -33,6 +33,7 @@ __all__ = [
     "interpolate_rows",
     "is_batch_norm",
     "is_supported",
+    "pool_for_side",
     "pooled_width",
     "prompt_for",
     "resolve_grid",

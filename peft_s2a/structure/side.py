@@ -55,7 +55,10 @@ def channel_average_pool(x: torch.Tensor, reduction: int, dim: int = -1) -> torc
     pooled = []
     if whole:
         divisible = x if whole * reduction == channels else x.narrow(dim, 0, whole * reduction)
-        pooled.append(torch.unflatten(divisible, dim, (whole, reduction)).mean(dim + 1))
+        groups = torch.unflatten(divisible, dim, (whole, reduction))
+        # not `mean`, whose gradient is divided after it is spread over the groups: one more tensor of the size of x
+        sums = groups.sum(dim + 1, dtype=torch.promote_types(x.dtype, torch.float32))
+        pooled.append((sums / reduction).to(x.dtype))
     if channels % reduction:
         pooled.append(x.narrow(dim, whole * reduction, channels % reduction).mean(dim, keepdim=True))
     return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim)
@@ -94,13 +97,26 @@ def add_linear(
     return total + (product if dim % total.dim() == total.dim() - 1 else product.movedim(-1, dim))
 
 
+def pool_for_side(x: torch.Tensor, shape: BlockShape, reduction: int) -> torch.Tensor:
+    """What the side branch works on: the block's input, averaged over groups of channels.
+
+    Args:
+        x: laid out as `shape.layout` says.
+
+    Returns:
+        x with D/s channels (rounded up).
+
+    Raises:
+        ValueError: if x does not have the channels the branch was made for.
+    """
+    dim = shape.channel_dim % x.dim()
+    if x.shape[dim] != shape.channels:
+        raise _belongs_elsewhere(f"{shape.channels} channels in", x, shape)
+    return channel_average_pool(x, reduction, dim)
+
+
 def add_side(
-    output: torch.Tensor,
-    x: torch.Tensor,
-    weights: SideWeights,
-    shape: BlockShape,
-    reduction: int,
-    in_place: bool = False,
+    output: torch.Tensor, pooled: torch.Tensor, weights: SideWeights, shape: BlockShape, in_place: bool = False
 ) -> torch.Tensor:
     """The block's output with the side branch added to it.
 
@@ -109,24 +125,27 @@ def add_side(
 
     Args:
         output: the block's output, laid out as `shape.layout` says.
-        x: the block's input, in the same layout.
+        pooled: what `pool_for_side` gives.
         in_place: whether the sum may take the memory of `output`.
 
     Returns:
         a tensor of the output's shape and dtype.
 
     Raises:
-        ValueError: if input or output do not have the channels the branch was made for.
+        ValueError: if the output does not have the channels the branch was made for.
     """
-    dim = shape.channel_dim % x.dim()
-    if x.shape[dim] != shape.channels or output.shape[dim] != weights.up_weight.shape[0] or x.dim() != output.dim():
-        raise ValueError(
-            f"The side branch was made for {shape.channels} channels in and {weights.up_weight.shape[0]} out "
-            f"({shape.layout}) and gets {tuple(x.shape)} in and {tuple(output.shape)} out: the adapter belongs to "
-            "another architecture, or set side_reduction=0."
-        )
-    small = channel_average_pool(x, reduction, dim).to(weights.down_weight.dtype).movedim(dim, -1)
+    dim = shape.channel_dim % pooled.dim()
+    if pooled.dim() != output.dim() or output.shape[dim] != weights.up_weight.shape[0]:
+        raise _belongs_elsewhere(f"{weights.up_weight.shape[0]} channels out", output, shape)
+    small = pooled.to(weights.down_weight.dtype).movedim(dim, -1)
     sizes = tuple(output.shape[2:]) if dim == 1 else tuple(output.shape[1:-1])
     small = _pool_positions(small, sizes)
     hidden = F.gelu(F.linear(small, weights.down_weight, weights.down_bias))
     return add_linear(output, hidden, weights.up_weight, weights.up_bias, dim, in_place)
+
+
+def _belongs_elsewhere(made_for: str, found: torch.Tensor, shape: BlockShape) -> ValueError:
+    return ValueError(
+        f"The side branch was made for {made_for} ({shape.layout}) and gets {tuple(found.shape)}: the adapter belongs "
+        "to another architecture, or set side_reduction=0."
+    )

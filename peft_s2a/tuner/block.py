@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..blockwise import takes_joined
-from ..structure import BlockShape, SideWeights, add_side, pooled_width, prompt_for
+from ..blockwise import leave_prompt, takes_joined, takes_prompt
+from ..structure import BlockShape, SideWeights, add_side, pool_for_side, pooled_width, prompt_for
 from .config import S2AConfig
 from .image_size import ImageSize
 from .layer import S2ALayer
@@ -46,6 +47,7 @@ class BlockAdapter(nn.Module, S2ALayer):
         self.reductions: dict[str, int] = {}
         self.image_size = image_size
         self._block = (block,)
+        self._pooled: dict[str, torch.Tensor] = {}
         self._disable_adapters = False
         self.merged_adapters = []
 
@@ -97,33 +99,50 @@ class BlockAdapter(nn.Module, S2ALayer):
     def before_block(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook: adds the active adapters' prompts to the block's input."""
+        """Forward pre-hook: adds the active adapters' prompts to the block's input, and pools it for their branches."""
+        self._pooled = {}
         x = first_tensor(args, kwargs)
-        acting = list(self._acting("s2a_prompt_a", x))
-        if x is None or not acting:
+        if x is None:
+            return None
+        prompts = [(self._prompt(name, x), items) for name, items in self._acting("s2a_prompt_a", x)]
+        # the gradient of what is pooled here, before the block, comes after the block's
+        if prompts and mixed_names() is None and takes_prompt(block, x, args):
+            prompt = functools.reduce(torch.add, (prompt for prompt, _ in prompts))
+            leave_prompt(block, prompt)
+            for name, _ in self._acting("s2a_side_up_weight", x):
+                about = self.shapes[name], self.reductions[name]
+                self._pooled[name] = pool_for_side(x, *about) + pool_for_side(prompt, *about)
             return None
         y = x
-        for name, items in acting:
-            a, b = (self._leaf(leaf)[name] for leaf in PROMPT_LEAVES)
-            y = _add(y, prompt_for(x, a, b, self.shapes[name], self.image_size.current), items)
-        return replace_argument(args, kwargs, x, y)
+        for prompt, items in prompts:
+            y = _add(y, prompt, items)
+        for name, items in self._acting("s2a_side_up_weight", x):
+            inside = y if items is None else y[items]
+            self._pooled[name] = pool_for_side(inside, self.shapes[name], self.reductions[name])
+        return replace_argument(args, kwargs, x, y) if prompts else None
+
+    def _prompt(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        a, b = (self._leaf(leaf)[name] for leaf in PROMPT_LEAVES)
+        return prompt_for(x, a, b, self.shapes[name], self.image_size.current)
 
     def after_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: adds the active adapters' side branches to the block's output."""
-        x, y = first_tensor(args, kwargs), first_tensor((output,), {})
-        acting = list(self._acting("s2a_side_up_weight", x))
-        if x is None or y is None or not acting:
+        pooled, self._pooled = self._pooled, {}
+        y = first_tensor((output,), {})
+        if y is None:
             return None
         total = y
-        for name, items in acting:
+        for name, items in self._acting("s2a_side_up_weight", first_tensor(args, kwargs)):
+            if name not in pooled:
+                continue
             weights = SideWeights(*(self._leaf(leaf)[name] for leaf in SIDE_LEAVES))
-            about = weights, self.shapes[name], self.reductions[name]
+            about = pooled[name], weights, self.shapes[name]
             if items is None:
-                total = add_side(total, x, *about, in_place=takes_joined(block, total))
+                total = add_side(total, *about, in_place=takes_joined(block, total))
             else:
                 index = torch.tensor(items, device=total.device)
-                total = total.index_copy(0, index, add_side(total[items], x[items], *about))
-        return replace_first(output, y, total)
+                total = total.index_copy(0, index, add_side(total[items], *about))
+        return replace_first(output, y, total) if pooled else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Not called: the adapter acts through the block's hooks."""

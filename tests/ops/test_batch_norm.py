@@ -73,7 +73,7 @@ def test_training(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("affine", [True, False])
-def test_fixed_statistics_are_bit_identical_to_torch(
+def test_fixed_statistics_are_torchs_to_rounding(
     layout: str, dtype: torch.dtype, affine: bool, leaf: Any, same_as_torch: Any, kept_bytes: Any
 ) -> None:
     change = LAYOUTS[layout]
@@ -87,6 +87,8 @@ def test_fixed_statistics_are_bit_identical_to_torch(
         lambda x: batch_norm(change(x), mean, variance, weight, constant, False, 0.1, 1e-5, IDENTITY),
         lambda x: F.batch_norm(change(x), mean, variance, weight, constant, False, 0.1, 1e-5),
         x,
+        rtol=4 * torch.finfo(dtype).eps,
+        atol=0,
     )
     if bias is not None:  # a sum: the order of its terms is not torch's
         output = batch_norm(change(x), mean, variance, weight, bias, False, 0.1, 1e-5, IDENTITY)

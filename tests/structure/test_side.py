@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_s2a.structure import BlockShape, SideWeights, add_side, channel_average_pool, pooled_width
+from peft_s2a.structure import (
+    BlockShape,
+    SideWeights,
+    add_side,
+    channel_average_pool,
+    pool_for_side,
+    pooled_width,
+)
 
 
 def weights(channels, out_channels, reduction, **options):
@@ -16,6 +23,10 @@ def weights(channels, out_channels, reduction, **options):
         torch.randn(out_channels, d, **options),
         torch.randn(out_channels, **options),
     )
+
+
+def side_of(output, x, weights, shape, reduction):
+    return add_side(output, pool_for_side(x, shape, reduction), weights, shape)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 8, 9, 16])
@@ -42,14 +53,14 @@ def test_output_has_the_block_outputs_shape(layout, size, out):
     dim = 1 if layout == "channels_first" else -1
     shape = BlockShape(layout, 10, out[dim], (1,))
     x, output = torch.randn(size), torch.randn(out)
-    assert add_side(output, x, weights(10, out[dim], 4), shape, 4).shape == output.shape
+    assert side_of(output, x, weights(10, out[dim], 4), shape, 4).shape == output.shape
 
 
 def test_layouts_agree():
     w = weights(10, 12, 4)
     x, output = torch.randn(2, 4, 4, 10), torch.randn(2, 2, 2, 12)
-    last = add_side(output, x, w, BlockShape("channels_last", 10, 12, (4, 4)), 4)
-    first = add_side(
+    last = side_of(output, x, w, BlockShape("channels_last", 10, 12, (4, 4)), 4)
+    first = side_of(
         output.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), w, BlockShape("channels_first", 10, 12, (4, 4)), 4
     )
     torch.testing.assert_close(first.permute(0, 2, 3, 1), last)
@@ -60,7 +71,7 @@ def test_gradients_in_double_precision():
     x, output = torch.randn(2, 3, 10, **options), torch.randn(2, 3, 10, dtype=torch.float64)
     shape = BlockShape("tokens", 10, 10, (3,))
     assert torch.autograd.gradcheck(
-        lambda x, *w: add_side(output, x, SideWeights(*w), shape, 4), (x, *weights(10, 10, 4, **options))
+        lambda x, *w: side_of(output, x, SideWeights(*w), shape, 4), (x, *weights(10, 10, 4, **options))
     )
 
 
@@ -69,7 +80,7 @@ def test_only_narrow_features_are_kept():
     shape, w = BlockShape("tokens", 64, 64, (7,)), weights(64, 64, 16, requires_grad=True)
     x = torch.randn(32, 7, 64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        add_side(x, x, w, shape, 16)
+        side_of(x, x, w, shape, 16)
     features = [t for t in kept if t.numel() > 64 * 4]
     assert features
     assert all(t.numel() == 32 * 7 * 4 for t in features)
@@ -78,4 +89,4 @@ def test_only_narrow_features_are_kept():
 def test_another_architecture():
     shape, x = BlockShape("tokens", 8, 8, (3,)), torch.zeros(1, 3, 9)
     with pytest.raises(ValueError, match="another architecture"):
-        add_side(x, x, weights(8, 8, 4), shape, 4)
+        side_of(x, x, weights(8, 8, 4), shape, 4)
