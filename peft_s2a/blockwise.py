@@ -25,7 +25,7 @@ from .ops.recompute import recompute
 from .pieces import shortening_mode
 from .structure.bias import shared_sums
 
-CPU_PIECE, CPU_PIECE_AGAIN = 3 << 17, 1 << 18
+CPU_PIECE, CPU_PIECE_AGAIN = 3 << 17, 3 << 17
 """Elements of a block's input that are worth a call of their own on a CPU, the latter where the block runs again, with
 more live beside them. Fewer are slower."""
 DEVICE_PIECE, DEVICE_PIECE_AGAIN = 1 << 22, 1 << 21
