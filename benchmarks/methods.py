@@ -80,6 +80,8 @@ def _lora_all(model: BenchmarkModel, config: dict[str, Any]) -> nn.Module:
 
 def _lora_fa(model: BenchmarkModel, config: dict[str, Any]) -> nn.Module:
     """LoRA on all layers with A frozen, as PEFT's `create_lorafa_optimizer` freezes it."""
+    if sum(isinstance(module, nn.Conv2d) for module in model.module.modules()) > 1:
+        raise NotApplicableError("PEFT has LoRA-FA for linear layers only")
     adapted = _lora_all(model, config)
     for name, parameter in adapted.named_parameters():
         if "lora_A" in name:
