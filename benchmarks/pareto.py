@@ -37,6 +37,7 @@ from benchmarks.policies import available
 from benchmarks.results import Record, append, read, versions
 from peft_s2a.memory import peak_step_bytes, saved_activation_bytes
 from peft_s2a.memory.running import Batch, call_model, training_loss
+from peft_s2a.ops.short_product import multiplies_bfloat16
 
 MB = 1e6
 REFERENCE = "bias_only"
@@ -182,6 +183,7 @@ def measure_time(setting: Setting, wanted: list[Method], rounds: int) -> Iterato
                 "rounds": rounds,
                 "threads": torch.get_num_threads(),
                 "device": "cpu",
+                "bfloat16_products": multiplies_bfloat16(torch.device("cpu")),
             },
         )
 

@@ -142,6 +142,22 @@ def pareto_table(model: str, dtype: str) -> str:
     return markdown_table(header + ["gradient error"] * ((model, dtype) == ERRORS_BESIDE), rows)
 
 
+def processors_table(model: str = "vit_b16", dtype: str = "float32") -> str:
+    """Step times on processors that multiply bfloat16 faster than float32, and on others; the newest of each."""
+    ratios: dict[str, dict[bool, Record]] = defaultdict(dict)
+    for record in read("pareto_time"):
+        if (record["model"], record["dtype"], record["batch"]) == (model, dtype, 8) and "bfloat16_products" in record:
+            ratios[record["title"]][record["bfloat16_products"]] = record
+    rows = [
+        [
+            method_name(next(iter(found.values()))),
+            *(f"{found[fast]['ratio']:.2f}" if fast in found else "–" for fast in (True, False)),
+        ]
+        for found in ratios.values()
+    ]
+    return markdown_table([f"step time, {model}, {dtype}", "bfloat16 is faster", "bfloat16 is not faster"], rows)
+
+
 ERRORS_BESIDE = ("vit_b16", "float32")
 """Where errors of gradients, which are those of another transformer in float32, stand beside memory and time."""
 

@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from ..codecs.base import Codec
 from ..codecs.chunked import chunk_bounds, decode_range, encode_chunked
-from .convolution import shape_only
 from .memory_order import flatten, memory_permutation, unflatten
 from .ownership import owned
 

@@ -72,12 +72,11 @@ class AddLinearFunction(torch.autograd.Function):
         ctx.dim, ctx.codec, ctx.shape = dim % total.dim(), codec, input.shape
         ctx.dtypes = input.dtype, weight.dtype, bias.dtype
         ctx.save_for_backward(weight, *kept)
-        if _matrices(total, ctx.dim) is None:
+        if not _is_dense(total, ctx.dim):
             total, in_place = total.contiguous(), False
         in_place = in_place and total._base is None
         output = total if in_place else torch.empty_like(total)
         before, after = _matrices(total, ctx.dim), _matrices(output, ctx.dim)
-        assert before is not None and after is not None
         columns = _with_ones(input, total.dtype)
         rows = torch.cat([weight, bias[:, None]], 1).to(total.dtype)
         with torch.autocast(total.device.type, enabled=False):
@@ -93,10 +92,8 @@ class AddLinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         weight, *kept = ctx.saved_tensors
-        grad = _matrices(grad_output, ctx.dim)
-        if grad is None:
-            grad = _matrices(grad_output.contiguous(), ctx.dim)
-            assert grad is not None
+        dense = grad_output if _is_dense(grad_output, ctx.dim) else grad_output.contiguous()
+        grad = _matrices(dense, ctx.dim)
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
             weight = weight.to(grad.dtype)
@@ -113,12 +110,15 @@ class AddLinearFunction(torch.autograd.Function):
         return grad_output, grad_input, grad_weight, grad_bias, None, None, None
 
 
-def _matrices(x: Tensor, dim: int) -> Tensor | None:
-    """A view of features with C channels in `dim`: (N, C), or (B, C, N) where channels do not come last in memory."""
+def _is_dense(x: Tensor, dim: int) -> bool:
+    """Whether features with C channels in `dim` are a matrix, or one for each item, as they lie in memory."""
+    return x.is_contiguous() or x.movedim(dim, -1).is_contiguous()
+
+
+def _matrices(x: Tensor, dim: int) -> Tensor:
+    """A view of dense features: (N, C), or (B, C, N) where channels come first in memory."""
     last = x.movedim(dim, -1)
-    if last.is_contiguous():
-        return last.view(-1, x.shape[dim])
-    return x.view(*x.shape[:2], -1) if dim == 1 and x.is_contiguous() else None
+    return last.view(-1, x.shape[dim]) if last.is_contiguous() else x.view(*x.shape[:2], -1)
 
 
 def _with_ones(x: Tensor, dtype: torch.dtype) -> Tensor:

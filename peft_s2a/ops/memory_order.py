@@ -43,9 +43,18 @@ def empty_in_order(shape: Sequence[int], permutation: Permutation, dtype: torch.
     return unflatten(flat, shape, permutation)
 
 
+def storage_address(x: Tensor) -> int:
+    """Where torch's record of the memory of `x` is.
+
+    Not by way of `untyped_storage()`: what that gives holds the memory, too, for as long as the memory lives, and
+    autograd then no longer adds gradients up in place.
+    """
+    return int(torch._C._storage_address(x))  # type: ignore[attr-defined]
+
+
 def shares_memory(x: Tensor, y: Tensor) -> bool:
     """Whether one is a view of the other, or of the same memory."""
-    return torch._C._storage_address(x) == torch._C._storage_address(y)
+    return storage_address(x) == storage_address(y)
 
 
 def same_memory(x: Tensor) -> Tensor:

@@ -20,15 +20,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import once_differentiable
 
-from .memory_order import is_dense
+from .memory_order import is_dense, storage_address
 
 Counts = tuple[int, ...]
 
 
 def storage_count(tensor: Tensor) -> int:
     """How many tensors, and others, hold the memory of this one."""
-    # not by way of `untyped_storage()`, whose result would hold the memory, too, for as long as it lives
-    return torch._C._storage_Use_Count(torch._C._storage_address(tensor))
+    return torch._C._storage_Use_Count(storage_address(tensor))
 
 
 def _counts(gradient: Tensor) -> Counts:

@@ -228,3 +228,29 @@ def test_backward_makes_no_second_gradient(name: str, leaf: Any, small_chunks: N
         peak = max(peak, live)
     factors = 2 if name == "multiply" else 1  # the first is that of `* 3`, which the operator overwrites
     assert factors * gradient <= peak < (factors + 0.5) * gradient
+
+
+class _Handed(torch.autograd.Function):
+    """The identity, which asks whether its gradient is owned, notes where it lies, and hands it on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, found: list[int]) -> Tensor:
+        ctx.found = found
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        owned(grad)
+        ctx.found.append(grad.data_ptr())
+        return grad, None
+
+
+def test_torch_still_adds_to_a_gradient_in_place_that_was_asked_about() -> None:
+    found: list[int] = []
+    x = torch.ones(64, 64, requires_grad=True)
+    y = _Handed.apply(x * 1, found)
+    doubled = y * 2
+    (_Handed.apply(y, found) * 3 + doubled).sum().backward()
+    assert found[0] == found[1]
+    assert torch.equal(x.grad, torch.full_like(x, 5.0))
