@@ -10,6 +10,7 @@ A prompt that is added to the block's input is added to each piece: no second in
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +54,7 @@ class BlockForward:
         self.mixes_items = mixes_items
         self.replaced: Callable[..., Any] | None = vars(block).get("forward")
         self.treats_items_alike: bool | None = None
-        self.prompt: Tensor | None = None
+        self.prompts: dict[int, Tensor] = {}  # by thread: several may run the model
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -69,7 +70,7 @@ class BlockForward:
         return self.interceptor.scoped(self.block, self._forward)(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        prompt, self.prompt = self.prompt, None
+        prompt = self.prompts.pop(threading.get_ident(), None)
         mode = self.interceptor.active_mode
         if mode is None or not self.block.training or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return self._forward(*_prompted(args, prompt), **kwargs)
@@ -194,7 +195,7 @@ def takes_prompt(block: nn.Module, x: Tensor, args: tuple[Any, ...]) -> bool:
 
 def leave_prompt(block: nn.Module, prompt: Tensor) -> None:
     """Has the block's next forward, which is about to be called, add a prompt (1, ...) to its first argument."""
-    vars(block)["forward"].prompt = prompt
+    vars(block)["forward"].prompts[threading.get_ident()] = prompt
 
 
 _JOINED_BY = "_s2a_joined_by"

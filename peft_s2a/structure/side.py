@@ -111,7 +111,7 @@ def pool_for_side(x: torch.Tensor, shape: BlockShape, reduction: int) -> torch.T
     """
     dim = shape.channel_dim % x.dim()
     if x.shape[dim] != shape.channels:
-        raise _belongs_elsewhere(f"{shape.channels} channels in", x, shape)
+        raise _belongs_elsewhere("input", shape.channels, x, shape)
     return channel_average_pool(x, reduction, dim)
 
 
@@ -136,7 +136,7 @@ def add_side(
     """
     dim = shape.channel_dim % pooled.dim()
     if pooled.dim() != output.dim() or output.shape[dim] != weights.up_weight.shape[0]:
-        raise _belongs_elsewhere(f"{weights.up_weight.shape[0]} channels out", output, shape)
+        raise _belongs_elsewhere("output", weights.up_weight.shape[0], output, shape)
     small = pooled.to(weights.down_weight.dtype).movedim(dim, -1)
     sizes = tuple(output.shape[2:]) if dim == 1 else tuple(output.shape[1:-1])
     small = _pool_positions(small, sizes)
@@ -144,8 +144,8 @@ def add_side(
     return add_linear(output, hidden, weights.up_weight, weights.up_bias, dim, in_place)
 
 
-def _belongs_elsewhere(made_for: str, found: torch.Tensor, shape: BlockShape) -> ValueError:
+def _belongs_elsewhere(end: str, channels: int, found: torch.Tensor, shape: BlockShape) -> ValueError:
     return ValueError(
-        f"The side branch was made for {made_for} ({shape.layout}) and gets {tuple(found.shape)}: the adapter belongs "
-        "to another architecture, or set side_reduction=0."
+        f"The side branch was made for an {end} of {channels} channels ({shape.layout}) and gets {tuple(found.shape)}: "
+        "the adapter belongs to another architecture, or set side_reduction=0."
     )

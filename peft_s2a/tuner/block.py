@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,7 +48,7 @@ class BlockAdapter(nn.Module, S2ALayer):
         self.reductions: dict[str, int] = {}
         self.image_size = image_size
         self._block = (block,)
-        self._pooled: dict[str, torch.Tensor] = {}
+        self._pooled: dict[int, dict[str, torch.Tensor]] = {}  # by thread: several may run the model
         self._disable_adapters = False
         self.merged_adapters = []
 
@@ -100,7 +101,7 @@ class BlockAdapter(nn.Module, S2ALayer):
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook: adds the active adapters' prompts to the block's input, and pools it for their branches."""
-        self._pooled = {}
+        pooled = self._pooled[threading.get_ident()] = {}
         x = first_tensor(args, kwargs)
         if x is None:
             return None
@@ -111,14 +112,14 @@ class BlockAdapter(nn.Module, S2ALayer):
             leave_prompt(block, prompt)
             for name, _ in self._acting("s2a_side_up_weight", x):
                 about = self.shapes[name], self.reductions[name]
-                self._pooled[name] = pool_for_side(x, *about) + pool_for_side(prompt, *about)
+                pooled[name] = pool_for_side(x, *about) + pool_for_side(prompt, *about)
             return None
         y = x
         for prompt, items in prompts:
             y = _add(y, prompt, items)
         for name, items in self._acting("s2a_side_up_weight", x):
             inside = y if items is None else y[items]
-            self._pooled[name] = pool_for_side(inside, self.shapes[name], self.reductions[name])
+            pooled[name] = pool_for_side(inside, self.shapes[name], self.reductions[name])
         return replace_argument(args, kwargs, x, y) if prompts else None
 
     def _prompt(self, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -127,7 +128,7 @@ class BlockAdapter(nn.Module, S2ALayer):
 
     def after_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: adds the active adapters' side branches to the block's output."""
-        pooled, self._pooled = self._pooled, {}
+        pooled = self._pooled.pop(threading.get_ident(), {})
         y = first_tensor((output,), {})
         if y is None:
             return None
