@@ -39,6 +39,15 @@ _PACKAGE = __name__.partition(".")[0]
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
+class _Left(threading.local):
+    """A prompt that a thread has left for the forward that it is about to call; copies of a block begin without."""
+
+    prompt: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type[_Left], tuple[()]]:
+        return _Left, ()
+
+
 class BlockForward:
     """Takes the place of a block's `forward`.
 
@@ -54,7 +63,7 @@ class BlockForward:
         self.mixes_items = mixes_items
         self.replaced: Callable[..., Any] | None = vars(block).get("forward")
         self.treats_items_alike: bool | None = None
-        self.prompts: dict[int, Tensor] = {}  # by thread: several may run the model
+        self.left = _Left()
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -70,7 +79,7 @@ class BlockForward:
         return self.interceptor.scoped(self.block, self._forward)(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        prompt = self.prompts.pop(threading.get_ident(), None)
+        prompt, self.left.prompt = self.left.prompt, None
         mode = self.interceptor.active_mode
         if mode is None or not self.block.training or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return self._forward(*_prompted(args, prompt), **kwargs)
@@ -91,7 +100,7 @@ class BlockForward:
             return recompute(self._in_mode, self.block, args, kwargs, x, bits, settings.rounding)
 
         size = self._items_per_piece(x, leaves, again)
-        if size >= len(x) or not self._can_split(x, leaves, spec):
+        if size >= len(x) or not self._can_split(x, leaves, spec, prompt):
             return run(*args, **kwargs)
 
         def run_piece(piece: Tensor) -> Any:
@@ -129,22 +138,28 @@ class BlockForward:
         size = pieces[again]
         return max(1, -(-size * len(x) // max(x.numel(), 1)))
 
-    def _can_split(self, x: Tensor, leaves: list[Any], spec: Any) -> bool:
+    def _can_split(self, x: Tensor, leaves: list[Any], spec: Any, prompt: Tensor | None) -> bool:
         if self.mixes_items(self.block) or any(map(_is_watched, self.block.modules())):
             return False
         if self.treats_items_alike is None:
             if isinstance(x, FakeTensor) or x.is_meta:
                 return shortening_mode() is not None  # there is nothing to try with
-            self.treats_items_alike = self._try_two_items(x, leaves, spec)
+            self.treats_items_alike = self._try_two_items(x, leaves, spec, prompt)
         return self.treats_items_alike
 
     @torch.no_grad()
-    def _try_two_items(self, x: Tensor, leaves: list[Any], spec: Any) -> bool:
-        """Whether two items give together what they give one by one, without dropout."""
+    def _try_two_items(self, x: Tensor, leaves: list[Any], spec: Any, prompt: Tensor | None) -> bool:
+        """Whether two items give together what they give one by one, without dropout, and stay as they are."""
+        unchanged = True
 
         def output_of(items: Tensor) -> tuple[list[Any], Any]:
+            nonlocal unchanged
+            items = items.clone()  # the block may write over what it gets
             args, kwargs = tree_unflatten([items if t is x else t for t in leaves], spec)
-            return tree_flatten(self._run(*args, **kwargs))
+            version = items._version
+            found = tree_flatten(self._run(*_prompted(args, prompt), **kwargs))
+            unchanged = unchanged and items._version == version
+            return found
 
         # a forward in eval would have bitsandbytes repack weights in codes, which cannot be trained on afterwards
         training = [module for module in self.block.modules() if module.training and not _is_quantized(module)]
@@ -155,7 +170,7 @@ class BlockForward:
         finally:
             for module in training:
                 module.training = True
-        return shape == one == two and all(map(_agree, both, first, second))
+        return unchanged and shape == one == two and all(map(_agree, both, first, second))
 
 
 def _is_quantized(module: nn.Module) -> bool:
@@ -193,9 +208,11 @@ def takes_prompt(block: nn.Module, x: Tensor, args: tuple[Any, ...]) -> bool:
     return isinstance(vars(block).get("forward"), BlockForward) and not _may_be_seen(block)
 
 
-def leave_prompt(block: nn.Module, prompt: Tensor) -> None:
-    """Has the block's next forward, which is about to be called, add a prompt (1, ...) to its first argument."""
-    vars(block)["forward"].prompts[threading.get_ident()] = prompt
+def leave_prompt(block: nn.Module, prompt: Tensor | None) -> None:
+    """Has the forward that this thread is about to call add a prompt (1, ...) to its first argument; None: nothing."""
+    forward = vars(block).get("forward")
+    if isinstance(forward, BlockForward):
+        forward.left.prompt = prompt
 
 
 _JOINED_BY = "_s2a_joined_by"

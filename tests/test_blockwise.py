@@ -394,3 +394,31 @@ def test_unloading_puts_the_forward_back():
     model = vit()
     base = model.unload()
     assert not any(isinstance(vars(m).get("forward"), BlockForward) for m in base.modules())
+
+
+def test_a_block_that_writes_over_its_input_is_tried_on_a_copy(calls):
+    class Doubling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = x.mul_(2)
+            return x + self.linear(x).tanh()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Doubling()
+
+        def forward(self, x):
+            return self.block(x * 1)
+
+    shape = {"layout": "tokens", "channels": 8, "out_channels": 8, "grid": [3], "num_extra": 0}
+    torch.manual_seed(0)
+    base, x = Model(), torch.randn(4, 3, 8)
+    expected = base(x).detach()
+    config = S2AConfig(block_modules="block", block_shapes={"block": shape}, target_modules=["linear"])
+    model = get_peft_model(base, config).train()
+    for _ in range(2):
+        torch.testing.assert_close(model(x).detach(), expected)

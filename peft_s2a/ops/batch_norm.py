@@ -42,13 +42,11 @@ class FixedBatchNormFunction(torch.autograd.Function):
             over = [d for d in range(grad_output.dim()) if d != 1]
             grad_bias = grad_output.sum(over, dtype=mean.dtype)
         if needs[0]:
-            factor = 1 / torch.sqrt(variance + ctx.eps)
-            factor = factor if weight is None else factor * weight
-            factor = factor.view(-1, *[1] * (grad_output.dim() - 2))
-            if in_place and torch.result_type(grad_output, factor) == grad_output.dtype:
-                grad_input = grad_output.mul_(factor)
-            else:
-                grad_input = (grad_output * factor).to(grad_output.dtype)
+            wide = torch.promote_types(variance.dtype, torch.float32)
+            factor = 1 / torch.sqrt(variance.to(wide) + ctx.eps)
+            factor = factor if weight is None else factor * weight.to(wide)
+            target = grad_output if in_place else torch.empty_like(grad_output)
+            grad_input = torch.mul(grad_output, factor.view(-1, *[1] * (grad_output.dim() - 2)), out=target)
         return grad_input, None, None, None, grad_bias, None
 
 

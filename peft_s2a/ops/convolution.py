@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..pieces import piece_bounds
+from .memory_order import channels_last, shape_only
 from .short_product import multiplies_bfloat16
 
 SHORT_WORK, SHORT_CHANNELS = 1 << 27, 64
@@ -20,19 +21,6 @@ SHORT_WORK, SHORT_CHANNELS = 1 << 27, 64
 
 CPU_PIECE, DEVICE_PIECE = 1 << 20, 1 << 30
 """Elements of the larger of both gradients that are cast at a time on a CPU, and elsewhere."""
-
-
-def shape_only(shape: Sequence[int], like: Tensor) -> Tensor:
-    """A tensor that stands for its shape: one element, expanded."""
-    return like.new_empty(1).expand(tuple(shape))
-
-
-def _channels_last(x: Tensor) -> torch.memory_format | None:
-    """The channels-last format of a map or volume that has it."""
-    if x.dim() < 4 or x.is_contiguous():
-        return None
-    dense = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    return dense if x.is_contiguous(memory_format=dense) else None
 
 
 class ConvolutionFunction(torch.autograd.Function):
@@ -45,7 +33,7 @@ class ConvolutionFunction(torch.autograd.Function):
         ctx.geometry, ctx.shape, ctx.input_dtype, ctx.short = geometry, input.shape, input.dtype, short
         ctx.bias_dtype = None if bias is None else bias.dtype
         # torch chooses its algorithm by the layouts of input and weight, of which only the weight is there in backward
-        ctx.channels_last = _channels_last(input)
+        ctx.channels_last = channels_last(input)
         ctx.save_for_backward(weight)
         stride, padding, dilation, transposed, output_padding, groups = geometry
         # autocast knows these, but not torch.convolution

@@ -16,16 +16,24 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..pieces import shortening_mode
-from .convolution import shape_only
-from .memory_order import memory_permutation, shares_memory
+from .memory_order import channels_last, shares_memory
 from .ownership import owned, storage_count
 
 Span = tuple[int, int]
 """First item of a piece, and the one behind its last."""
 
 
+def _token(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A tensor of this shape with one element of memory: a number, since checks for NaN look at it."""
+    return like.new_zeros(1).expand(tuple(shape))
+
+
 class Whole:
     """A tensor that is made piece by piece: an output, or the gradient of an input.
+
+    The latter may be made in lent memory, which pieces of another gradient are still read from. Who holds that memory
+    is counted: `tensor`, the views that are still to be read, the piece that is being put if it is a view itself.
+    Anybody else makes the memory unfit, and the tensor moves.
 
     Attributes:
         tensor: what has been made so far.
@@ -44,11 +52,16 @@ class Whole:
         elif self._is_seen_by_others(piece):
             old, self.tensor, self.unread = self.tensor, self._empty(piece), 0
             self.tensor.copy_(old)
-        self.tensor[span[0] : span[1]] = piece
+        place = self.tensor[span[0] : span[1]]
+        if not shares_memory(piece, place):
+            place.copy_(piece)
+        elif (piece.data_ptr(), piece.stride()) != (place.data_ptr(), place.stride()):
+            place.copy_(piece.clone())  # a view of the place in another order, say
 
     def _empty(self, piece: Tensor) -> Tensor:
         shape = (self.num_items, *piece.shape[1:])
-        made = torch.empty_permuted(shape, memory_permutation(piece), dtype=piece.dtype, device=piece.device)
+        order = channels_last(piece) or torch.contiguous_format  # as `torch.cat` has it
+        made = torch.empty(shape, dtype=piece.dtype, device=piece.device, memory_format=order)
         mode = shortening_mode()
         if mode is not None:
             mode.made_at_once(made)
@@ -73,7 +86,7 @@ class _Split(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, gradient: Whole, spans: Sequence[Span]) -> tuple[Tensor, ...]:
         ctx.gradient, ctx.spans = gradient, spans
         ctx.set_materialize_grads(False)
-        return tuple(shape_only((stop - start, *input.shape[1:]), input) for start, stop in spans)
+        return tuple(_token((stop - start, *input.shape[1:]), input) for start, stop in spans)
 
     @staticmethod
     @once_differentiable
@@ -99,7 +112,7 @@ class _Enter(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         ctx.gradient.put(grad_output, ctx.span)
-        return shape_only(grad_output.shape, grad_output), None, None, None
+        return _token(grad_output.shape, grad_output), None, None, None
 
 
 class _Leave(torch.autograd.Function):
@@ -109,7 +122,7 @@ class _Leave(torch.autograd.Function):
     def forward(ctx: Any, piece: Tensor, output: Output, span: Span) -> Tensor:
         ctx.output = output
         output.put(piece, span)
-        return shape_only(piece.shape, piece)
+        return _token(piece.shape, piece)
 
     @staticmethod
     @once_differentiable
@@ -131,9 +144,12 @@ class _Join(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[2:]
+        ctx.output.lends = False
         if owned(grad_output):
-            ctx.output.lend(grad_output, len(ctx.spans))
-        return None, None, *(grad_output[start:stop] for start, stop in ctx.spans)
+            ctx.output.lend(grad_output, sum(needs))
+        pieces = zip(ctx.spans, needs, strict=True)
+        return None, None, *(grad_output[start:stop] if need else None for (start, stop), need in pieces)
 
 
 class Output(Whole):
@@ -149,7 +165,7 @@ class Output(Whole):
         self.lends = False
 
     def lend(self, own_gradient: Tensor, num_pieces: int) -> None:
-        """Offers the memory of a gradient that belongs to nobody else."""
+        """Offers the memory of a gradient that belongs to nobody else and is read in so many pieces."""
         fits = (own_gradient.shape, own_gradient.dtype) == (self.shape, self.dtype)
         self.lends = fits and self.gradient is not None and self.gradient.tensor is None
         if self.gradient is not None and self.lends:

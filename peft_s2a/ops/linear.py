@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..codecs.base import Codec
-from ..codecs.chunked import decode_range, encode_chunked
+from ..codecs.chunked import CPU_CHUNK, DEVICE_CHUNK, decode_range, encode_chunked
+from ..pieces import Bounds, piece_bounds
 from .memory_order import no_view
 
 
@@ -67,8 +68,10 @@ class AddLinearFunction(torch.autograd.Function):
         in_place: bool,
         codec: Codec,
     ) -> Tensor:
-        flat = input.reshape(-1)
-        kept = encode_chunked(codec, flat.numel(), flat.device, lambda start, stop: flat[start:stop])
+        kept: tuple[Tensor, ...] = ()
+        if any(ctx.needs_input_grad[2:4]):
+            flat = input.reshape(-1)
+            kept = encode_chunked(codec, flat.numel(), flat.device, lambda start, stop: flat[start:stop])
         ctx.dim, ctx.codec, ctx.shape = dim % total.dim(), codec, input.shape
         ctx.dtypes = input.dtype, weight.dtype, bias.dtype
         ctx.save_for_backward(weight, *kept)
@@ -94,20 +97,34 @@ class AddLinearFunction(torch.autograd.Function):
         weight, *kept = ctx.saved_tensors
         dense = grad_output if _is_dense(grad_output, ctx.dim) else grad_output.contiguous()
         grad = _matrices(dense, ctx.dim)
-        grad_input = grad_weight = grad_bias = None
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        wide_weight, size = weight.to(wide), (*grad.shape[: grad.dim() - 2], -1, weight.shape[1])
+        grad_input = columns = None
         if ctx.needs_input_grad[1]:
-            weight = weight.to(grad.dtype)
-            grad_input = grad @ weight if grad.dim() == 2 else torch.bmm(weight.T.expand(len(grad), -1, -1), grad).mT
-            grad_input = grad_input.to(ctx.dtypes[0]).reshape(ctx.shape)
+            grad_input = torch.empty(ctx.shape, dtype=wide, device=grad.device)
         if any(ctx.needs_input_grad[2:4]):
-            x = decode_range(ctx.codec, tuple(kept), 0, ctx.shape.numel(), ctx.dtypes[0]).view(ctx.shape)
-            columns = _with_ones(x, grad.dtype)
-            if grad.dim() == 2:
-                found = grad.T @ columns.flatten(0, -2)
-            else:
-                found = (grad @ columns.flatten(1, -2)).sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
-            grad_weight, grad_bias = found[:, :-1].to(ctx.dtypes[1]), found[:, -1].to(ctx.dtypes[2])
+            x = decode_range(ctx.codec, tuple(kept), 0, ctx.shape.numel(), ctx.dtypes[0])
+            columns = _with_ones(x.view(size), wide)
+        found = torch.zeros(weight.shape[0], weight.shape[1] + 1, dtype=wide, device=grad.device)
+        for start, stop in _few_rows(grad):
+            piece = grad[start:stop].to(wide)
+            if grad_input is not None:
+                grad_input.view(size)[start:stop] = _transposed(wide_weight.T, piece)
+            if columns is not None:
+                found += piece.T @ columns[start:stop] if piece.dim() == 2 else (piece @ columns[start:stop]).sum(0)
+        if grad_input is not None:
+            grad_input = grad_input.to(ctx.dtypes[0])
+        if columns is None:
+            return grad_output, grad_input, None, None, None, None, None
+        grad_weight, grad_bias = found[:, :-1].to(ctx.dtypes[1]), found[:, -1].to(ctx.dtypes[2])
         return grad_output, grad_input, grad_weight, grad_bias, None, None, None
+
+
+def _transposed(matrix: Tensor, features: Tensor) -> Tensor:
+    """(N, d) or (B, N, d), the product of (d, C) and features (N, C) or (B, C, N)."""
+    if features.dim() == 2:
+        return features @ matrix.T
+    return torch.bmm(matrix.expand(len(features), *matrix.shape), features).mT
 
 
 def _is_dense(x: Tensor, dim: int) -> bool:
@@ -119,6 +136,14 @@ def _matrices(x: Tensor, dim: int) -> Tensor:
     """A view of dense features: (N, C), or (B, C, N) where channels come first in memory."""
     last = x.movedim(dim, -1)
     return last.view(-1, x.shape[dim]) if last.is_contiguous() else x.view(*x.shape[:2], -1)
+
+
+def _few_rows(matrices: Tensor) -> Bounds:
+    """Rows, or items, that are worked on at a time; all of them where they need not be cast."""
+    if matrices.element_size() >= 4 or torch.compiler.is_compiling():
+        return iter([(0, len(matrices))])
+    size = CPU_CHUNK if matrices.device.type == "cpu" else DEVICE_CHUNK
+    return piece_bounds(len(matrices), size // max(matrices[:1].numel(), 1))
 
 
 def _with_ones(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -57,6 +57,7 @@ class MaskedFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         in_place = owned(grad_output)
+        grad_output = grad_output.resolve_neg()
         (packed,) = ctx.saved_tensors
         slope, other_slope = ctx.slopes
         grad = flatten(grad_output, ctx.permutation)

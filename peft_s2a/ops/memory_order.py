@@ -43,6 +43,19 @@ def empty_in_order(shape: Sequence[int], permutation: Permutation, dtype: torch.
     return unflatten(flat, shape, permutation)
 
 
+def channels_last(x: Tensor) -> torch.memory_format | None:
+    """The channels-last format of a map or volume that has it."""
+    if x.dim() < 4 or x.is_contiguous():
+        return None
+    dense = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return dense if x.is_contiguous(memory_format=dense) else None
+
+
+def shape_only(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A tensor that stands for its shape: one element, expanded."""
+    return like.new_empty(1).expand(tuple(shape))
+
+
 def storage_address(x: Tensor) -> int:
     """Where torch's record of the memory of `x` is.
 

@@ -11,8 +11,7 @@ from torch.autograd.function import once_differentiable
 from ..codecs.chunked import CPU_CHUNK, DEVICE_CHUNK
 from ..codecs.packing import pack, unpack
 from ..pieces import Bounds, piece_bounds
-from .convolution import shape_only
-from .memory_order import empty_in_order, memory_permutation
+from .memory_order import shape_only
 
 _ROW = 1024
 
@@ -67,21 +66,17 @@ class MaxPoolFunction(torch.autograd.Function):
         ctx.geometry = kernel, stride, padding, dilation, ceil_mode
         ctx.shape = input.shape
         ctx.num_bits = next(b for b in (1, 2, 4, 8) if 2**b >= kernel[0] * kernel[1])
-        output = codes = torch.empty(0)
+        parts = []
         for start, stop in _few_items(input):
-            piece, indices = torch.ops.aten.max_pool2d_with_indices(input[start:stop], *ctx.geometry)
-            if not start:
-                shape = (len(input), *piece.shape[1:])
-                output = empty_in_order(shape, memory_permutation(piece), piece.dtype, piece.device)
-                codes = torch.empty(shape, dtype=torch.uint8, device=piece.device)
-            output[start:stop] = piece
-            row, column = _origins(piece, stride, padding)
+            part, indices = torch.ops.aten.max_pool2d_with_indices(input[start:stop], *ctx.geometry)
+            row, column = _origins(part, stride, padding)
             y = torch.div(indices, input.shape[-1], rounding_mode="floor").sub_(row)
             x = indices.remainder_(input.shape[-1]).sub_(column)
             if dilation != (1, 1):
                 y, x = y // dilation[0], x // dilation[1]
-            codes[start:stop] = y.mul_(kernel[1]).add_(x)
-        flat = codes.view(-1)
+            parts.append((part, y.mul_(kernel[1]).add_(x).to(torch.uint8)))
+        output, codes = (torch.cat(tensors) if len(tensors) > 1 else tensors[0] for tensors in zip(*parts, strict=True))
+        flat = codes.reshape(-1)
         flat = torch.nn.functional.pad(flat, (0, -flat.numel() % _ROW))
         ctx.save_for_backward(pack(flat.view(-1, _ROW), ctx.num_bits))
         return output

@@ -25,6 +25,16 @@ SIDE_LEAVES = ("s2a_side_down_weight", "s2a_side_down_bias", "s2a_side_up_weight
 INIT_STD = 0.02
 
 
+class _Pooled(threading.local):
+    """What a thread's forward has pooled of a block's input, by adapter; copies of a block begin without."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, torch.Tensor] = {}
+
+    def __reduce__(self) -> tuple[type[_Pooled], tuple[()]]:
+        return _Pooled, ()
+
+
 class BlockAdapter(nn.Module, S2ALayer):
     """Prompt and side branch of one block, for every adapter.
 
@@ -48,7 +58,7 @@ class BlockAdapter(nn.Module, S2ALayer):
         self.reductions: dict[str, int] = {}
         self.image_size = image_size
         self._block = (block,)
-        self._pooled: dict[int, dict[str, torch.Tensor]] = {}  # by thread: several may run the model
+        self._pooled = _Pooled()
         self._disable_adapters = False
         self.merged_adapters = []
 
@@ -101,18 +111,19 @@ class BlockAdapter(nn.Module, S2ALayer):
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook: adds the active adapters' prompts to the block's input, and pools it for their branches."""
-        pooled = self._pooled[threading.get_ident()] = {}
+        pooled = self._pooled.found = {}
+        leave_prompt(block, None)
         x = first_tensor(args, kwargs)
         if x is None:
             return None
         prompts = [(self._prompt(name, x), items) for name, items in self._acting("s2a_prompt_a", x)]
-        # the gradient of what is pooled here, before the block, comes after the block's
+        # pooled before the block: the gradient, which is as large as x, is made after the block's and not beside them
         if prompts and mixed_names() is None and takes_prompt(block, x, args):
             prompt = functools.reduce(torch.add, (prompt for prompt, _ in prompts))
-            leave_prompt(block, prompt)
             for name, _ in self._acting("s2a_side_up_weight", x):
                 about = self.shapes[name], self.reductions[name]
                 pooled[name] = pool_for_side(x, *about) + pool_for_side(prompt, *about)
+            leave_prompt(block, prompt)  # the block's forward takes it, or, after an error, `after_block`
             return None
         y = x
         for prompt, items in prompts:
@@ -127,8 +138,9 @@ class BlockAdapter(nn.Module, S2ALayer):
         return prompt_for(x, a, b, self.shapes[name], self.image_size.current)
 
     def after_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Forward hook: adds the active adapters' side branches to the block's output."""
-        pooled = self._pooled.pop(threading.get_ident(), {})
+        """Forward hook, called after an error, too: adds the active adapters' side branches to the block's output."""
+        pooled, self._pooled.found = self._pooled.found, {}
+        leave_prompt(block, None)
         y = first_tensor((output,), {})
         if y is None:
             return None
@@ -195,7 +207,7 @@ def attach(block: nn.Module, image_size: ImageSize) -> BlockAdapter:
     adapter = BlockAdapter(block, image_size)
     block.add_module(CHILD_NAME, adapter)
     block.register_forward_pre_hook(adapter.before_block, with_kwargs=True)
-    block.register_forward_hook(adapter.after_block, with_kwargs=True)
+    block.register_forward_hook(adapter.after_block, with_kwargs=True, always_call=True)
     return adapter
 
 
@@ -216,6 +228,7 @@ def remove_hooks(module: nn.Module, owner: object) -> None:
         for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:
             del hooks[key]
             flags.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)
 
 
 def detach_all(model: nn.Module) -> None:

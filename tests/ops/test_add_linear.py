@@ -90,3 +90,13 @@ def test_only_codes_are_kept(leaf: Any, kept_bytes: Any) -> None:
     total, input, weight, bias = leaf(4, 64, 32), leaf(4, 64, 16), leaf(32, 16), leaf(32)
     kept = kept_bytes(lambda: add_linear(total, input, weight, bias, -1, False, GroupAffineCodec(4)), [weight])
     assert kept < input.nbytes / 5
+
+
+@pytest.mark.parametrize("layout", ["tokens", "channels_first"])
+def test_sums_over_positions_are_wide(layout: str, leaf: Any) -> None:
+    total, *others, dim = made(layout, leaf)
+    output = add_linear(total.half().detach().requires_grad_(), *others, dim, False, IDENTITY)
+    output.backward(torch.full_like(output, 3e4))
+    rows = output.numel() // C
+    torch.testing.assert_close(others[2].grad, torch.full((C,), 3e4 * rows), rtol=1e-2, atol=0)
+    assert others[1].grad.isfinite().all()

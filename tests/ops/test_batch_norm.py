@@ -156,3 +156,16 @@ def test_not_finite_where_torch_is_not(poison: float, leaf: Any) -> None:
 
 def test_double_backward(leaf: Any, refuses_double_backward: Any) -> None:
     refuses_double_backward(lambda x: train(x, None, None), leaf(4, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fixed_statistics_in_short_dtypes_lose_no_more_than_rounding(dtype: torch.dtype, leaf: Any) -> None:
+    x = leaf(2, 16, 8, 8, dtype=dtype)
+    mean, weight = leaf(16, dtype=dtype, needs=False), leaf(16, dtype=dtype, needs=False)
+    variance = leaf(16, dtype=dtype, needs=False).square() + 0.1
+    grad = leaf(2, 16, 8, 8, dtype=dtype, needs=False)
+    (found,) = torch.autograd.grad(batch_norm(x, mean, variance, weight, None, False, 0.1, 1e-5, IDENTITY), x, grad)
+    factor = weight.double() / (variance.double() + 1e-5).sqrt()
+    torch.testing.assert_close(
+        found.double(), grad.double() * factor.view(-1, 1, 1), rtol=0.6 * torch.finfo(dtype).eps, atol=1e-7
+    )

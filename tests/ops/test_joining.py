@@ -32,6 +32,7 @@ RUNS: dict[str, Callable[[Tensor], Any]] = {
     "another dtype": lambda x: x.double() * 3,
     "a tree": lambda x: {"a": (x * 2, None), "b": [x.square(), 7, (x > 0)]},
     "without a gradient": lambda x: (x.detach() * 2, x * 3),
+    "a view in another order": lambda x: x.transpose(1, 2),
     "channels last": lambda x: x[..., None].contiguous(memory_format=torch.channels_last) * 2,
 }
 
@@ -123,3 +124,27 @@ def test_a_piece_of_the_gradient_that_others_hold_stays_what_it_is(holder: str, 
     torch.testing.assert_close(shift.grad, factor.sum(0, keepdim=True))
     if holder == "hook":
         assert torch.equal(torch.cat(kept[::-1]), factor)
+
+
+def test_pieces_without_a_gradient_do_not_hide_who_holds_one(leaf: Any) -> None:
+    x, kept, calls = leaf(4, D), [], iter(range(4))
+
+    def run(piece: Tensor) -> Tensor:
+        output = piece.sin()
+        if next(calls) == 0:
+            return output.detach()
+        output.register_hook(lambda gradient: kept.append((gradient, gradient.clone())))
+        return output
+
+    (in_pieces(run, x * 1, 1) * leaf(4, D, needs=False)).sum().backward()
+    assert all(torch.equal(*pair) for pair in kept)
+
+
+def test_checks_for_nan_find_none(leaf: Any) -> None:
+    x = leaf(4, D)
+    torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
+    try:
+        with pytest.warns(UserWarning, match="Anomaly"), torch.autograd.detect_anomaly(check_nan=True):
+            in_pieces(lambda piece: piece.sin(), x * 1, 1).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)

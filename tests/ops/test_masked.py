@@ -141,3 +141,11 @@ def test_overwriting(leaf: Any, small_chunks: None) -> None:
     masked(kept, torch.relu, lambda x: x > 0, overwrite=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kept.sum().backward()
+
+
+def test_gradient_with_a_negative_bit(leaf: Any) -> None:
+    x = leaf(40, 40)
+    gradient = torch.complex(leaf(40, 40, needs=False), leaf(40, 40, needs=False)).conj().imag
+    (found,) = torch.autograd.grad(masked(x, torch.relu, lambda x: x > 0), x, gradient)
+    (expected,) = torch.autograd.grad(torch.relu(x), x, gradient)
+    assert torch.equal(found, expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -136,6 +138,44 @@ def test_what_an_inner_block_joined_is_not_the_outer_blocks(ways: list[bool], mo
     get_peft_model(base, config).train()(x).sum().backward()  # type: ignore[arg-type]
     assert len(ways) == 2
     assert look.unchanged()
+
+
+def images_of(items: int, seed: int) -> torch.Tensor:
+    return torch.randn(items, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def test_an_error_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model().eval()
+    with torch.no_grad(), model.disable_adapter():  # type: ignore[operator]
+        expected = model(pixel_values=images_of(2, 0)).logits
+
+    def fails(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    layers = [m for m in model.modules() if isinstance(m, T.models.vit.modeling_vit.ViTLayer)]
+    for owner, name in ((module, "pool_for_side"), (layers[1].mlp, "forward")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fails)
+            with pytest.raises(torch.OutOfMemoryError):
+                model(pixel_values=images_of(2, 0))
+    with torch.no_grad(), model.disable_adapter():  # type: ignore[operator]
+        torch.testing.assert_close(model(pixel_values=images_of(2, 0)).logits, expected, rtol=0, atol=0)
+    copy.deepcopy(model)  # which graphs of a step would not allow
+
+
+def test_threads_have_their_own_prompts_and_features() -> None:
+    model = make_model().eval()
+    batches = [images_of(1 + i % 3, i) for i in range(8)]
+
+    def logits(images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model(pixel_values=images).logits
+
+    expected = [logits(images) for images in batches] * 8
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(logits, batches * 8))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_inference_mode() -> None:
