@@ -6,6 +6,7 @@ from collections import defaultdict
 
 from benchmarks.markdown import markdown_table
 from benchmarks.results import Record, read
+from benchmarks.times import HEADER, ratios, time_cell
 from benchmarks.titles import TITLES
 
 MODELS = {"vit_b16": "ViT-B/16", "swin_b": "Swin-B", "resnet50": "ResNet-50"}
@@ -59,7 +60,7 @@ def _cell(record: Record, name: str, digits: int = 1) -> str:
 def headline_table() -> str:
     """The README's: kept and peak of each method on three models, and the time of a step on the first."""
     by_model = {title: measured(name) for name, title in MODELS.items()}
-    first = by_model["ViT-B/16"]
+    first, times = by_model["ViT-B/16"], ratios("vit_b16")
     rows = []
     for title in [*(TITLES[name] for name in HEADLINE), *S2A]:
         if not any(title in found for found in by_model.values()):
@@ -68,8 +69,8 @@ def headline_table() -> str:
             " / ".join(_cell(found.get(title, {}), name) for name in (KEPT, PEAK)).replace("– / –", "–")
             for found in by_model.values()
         ]
-        rows.append([title, *cells, _cell(first.get(title, {}), "ratio", 2)])
-    return markdown_table(["kept / peak, MB per image", *by_model, "step time, ViT-B/16"], rows)
+        rows.append([title, *cells, time_cell(times.get(first.get(title, {}).get("title", "")))])
+    return markdown_table(["kept / peak, MB per image", *by_model, f"ViT-B/16, {HEADER}"], rows)
 
 
 HEADLINE = ("full", "vpt_deep", "adapter", "lora_all", "lora_qv", "lora_checkpointing")
@@ -78,7 +79,7 @@ HEADLINE = ("full", "vpt_deep", "adapter", "lora_all", "lora_qv", "lora_checkpoi
 
 def decision_table(model: str = "vit_b16") -> str:
     """What each method trains, how much memory and time it takes, on one model."""
-    found = measured(model)
+    found, times = measured(model), ratios(model)
     whole = found[TITLES["full"]].get("parameters", 0)
     rows = []
     for title in [title for title in dict.fromkeys([*TITLES.values(), *S2A]) if title in found]:
@@ -91,10 +92,14 @@ def decision_table(model: str = "vit_b16") -> str:
             if trainable is None or not whole
             else f"{100 * trainable / max(whole, record.get('parameters', whole)):.2f} %"
         )
-        rows.append(
-            [title, share, f"{weights:.0f}", _cell(record, KEPT), _cell(record, PEAK), _cell(record, "ratio", 2)]
+        cells = (
+            f"{weights:.0f}",
+            _cell(record, KEPT),
+            _cell(record, PEAK),
+            time_cell(times.get(record.get("title", ""))),
         )
-    header = [MODELS[model], "trained", "weights, MB", "kept, MB/image", "peak, MB/image", "step time"]
+        rows.append([title, share, *cells])
+    header = [MODELS[model], "trained", "weights, MB", "kept, MB/image", "peak, MB/image", HEADER]
     return markdown_table(header, rows)
 
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 from benchmarks.markdown import markdown_table
 from benchmarks.results import Record, read
+from benchmarks.times import HEADER, ratios, time_cell
 from benchmarks.titles import method_name
 
 CURVES = ("train_loss", "test_loss", "test_accuracy")
@@ -125,37 +126,21 @@ def pareto_table(model: str, dtype: str) -> str:
     """One row a method: kept and peak; time where it was measured; for the first model the error of the gradient."""
     errors = gradient_errors()
     records = pareto_records(model, dtype).values()
-    timed = any("ratio" in record for record in records)
+    times = ratios(model, dtype)
     rows = []
     for record in records:
         row = [
             method_name(record),
             *(f"{record[key]:.1f}" if key in record else "–" for key in ("kept_mb_per_image", "peak_mb_per_image")),
         ]
-        if timed:
-            row.append(f"{record['ratio']:.2f}" if "ratio" in record else "–")
+        if times:
+            row.append(time_cell(times.get(record["title"])))
         if (model, dtype) == ERRORS_BESIDE:
             error = errors.get(json.dumps(record["config"], sort_keys=True))
             row.append("exact" if record["method"] != "s2a" else "–" if error is None else f"{error:.3f}")
         rows.append(row)
-    header = [f"{model}, {dtype}", "kept, MB/image", "peak, MB/image", *["step time"] * timed]
+    header = [f"{model}, {dtype}", "kept, MB/image", "peak, MB/image", *[HEADER] * bool(times)]
     return markdown_table(header + ["gradient error"] * ((model, dtype) == ERRORS_BESIDE), rows)
-
-
-def processors_table(model: str = "vit_b16", dtype: str = "float32") -> str:
-    """Step times on processors that multiply bfloat16 faster than float32, and on others; the newest of each."""
-    ratios: dict[str, dict[bool, Record]] = defaultdict(dict)
-    for record in read("pareto_time"):
-        if (record["model"], record["dtype"], record["batch"]) == (model, dtype, 8) and "bfloat16_products" in record:
-            ratios[record["title"]][record["bfloat16_products"]] = record
-    rows = [
-        [
-            method_name(next(iter(found.values()))),
-            *(f"{found[fast]['ratio']:.2f}" if fast in found else "–" for fast in (True, False)),
-        ]
-        for found in ratios.values()
-    ]
-    return markdown_table([f"step time, {model}, {dtype}", "bfloat16 is faster", "bfloat16 is not faster"], rows)
 
 
 ERRORS_BESIDE = ("vit_b16", "float32")

@@ -30,7 +30,6 @@ from benchmarks.summaries import (
     leak_table,
     linear_table,
     pareto_table,
-    processors_table,
     whole_job_table,
 )
 from benchmarks.tasks import tasks_table
@@ -201,7 +200,6 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"transfer-rates-{model}": partial(rates_table, model) for model in BACKBONES},
     **{f"layouts-{model}": partial(layouts_table, model) for model in LAYOUT_MODELS},
     **{f"gradient-error-{model}": partial(gradient_error_table, model) for model in GRADIENT_MODELS},
-    "processors": processors_table,
     **{f"pareto-{model}-{dtype}": partial(pareto_table, model, dtype) for model in PARETO_MODELS for dtype in DTYPES},
 }
 """Renderer of each table's name."""

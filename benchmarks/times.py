@@ -1,0 +1,28 @@
+"""Step times as the tables show them: on processors that multiply bfloat16 faster than float32, and on others."""
+
+from __future__ import annotations
+
+from benchmarks.results import read
+
+HEADER = "step time: bfloat16 faster / not"
+PROCESSORS = (True, False)
+
+
+def ratios(model: str, dtype: str = "float32", batch: int = 8) -> dict[str, dict[bool, float]]:
+    """`{title: {whether bfloat16 is faster: ratio to bias tuning}}`, the newest of each."""
+    found: dict[str, dict[bool, float]] = {}
+    for record in read("pareto_time"):
+        if (record["model"], record["dtype"], record["batch"]) == (
+            model,
+            dtype,
+            batch,
+        ) and "bfloat16_products" in record:
+            found.setdefault(record["title"], {})[record["bfloat16_products"]] = record["ratio"]
+    return found
+
+
+def time_cell(found: dict[bool, float] | None) -> str:
+    """Both ratios of one method."""
+    if not found:
+        return "–"
+    return " / ".join(f"{found[fast]:.2f}" if fast in found else "–" for fast in PROCESSORS)
