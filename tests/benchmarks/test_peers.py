@@ -53,6 +53,7 @@ ABSENT = {
     ("vpt_deep", "resnet"): "plain sequence of blocks",
     ("lora_qv", "resnet"): "no query and value",
     ("velora", "resnet"): "linear layers only",
+    ("lora_fa", "resnet"): "linear layers only",
     ("lora_checkpointing", "resnet"): "no gradient checkpointing",
 }
 PARTS = {
