@@ -44,13 +44,14 @@ class Whole:
         self.num_items = num_items
         self.tensor: Tensor | None = None
         self.unread = 0
+        self.lent = False  # nobody else can hold memory that was made here
 
     def put(self, piece: Tensor, span: Span) -> None:
         """Writes a piece to its place."""
         if self.tensor is None:
             self.tensor = self._empty(piece)
-        elif self._is_seen_by_others(piece):
-            old, self.tensor, self.unread = self.tensor, self._empty(piece), 0
+        elif self.lent and self._is_seen_by_others(piece):
+            old, self.tensor, self.unread, self.lent = self.tensor, self._empty(piece), 0, False
             self.tensor.copy_(old)
         place = self.tensor[span[0] : span[1]]
         if not shares_memory(piece, place):
@@ -75,7 +76,7 @@ class Whole:
 
     def take(self) -> Tensor | None:
         """The tensor, which is forgotten here."""
-        made, self.tensor, self.unread = self.tensor, None, 0
+        made, self.tensor, self.unread, self.lent = self.tensor, None, 0, False
         return made
 
 
@@ -169,7 +170,7 @@ class Output(Whole):
         fits = (own_gradient.shape, own_gradient.dtype) == (self.shape, self.dtype)
         self.lends = fits and self.gradient is not None and self.gradient.tensor is None
         if self.gradient is not None and self.lends:
-            self.gradient.tensor, self.gradient.unread = own_gradient, num_pieces
+            self.gradient.tensor, self.gradient.unread, self.gradient.lent = own_gradient, num_pieces, True
 
     def read(self) -> None:
         """Says that a piece of the gradient has gone where it is needed."""
