@@ -26,11 +26,10 @@ from .ops.recompute import recompute
 from .pieces import shortening_mode
 from .structure.bias import shared_sums
 
-CPU_PIECE, CPU_PIECE_AGAIN = 3 << 17, 3 << 17
-"""Elements of a block's input that are worth a call of their own on a CPU, the latter where the block runs again, with
-more live beside them. Fewer are slower."""
+CPU_PIECE = 3 << 17
+"""Elements of a block's input that are worth a call of their own on a CPU; fewer are slower."""
 DEVICE_PIECE, DEVICE_PIECE_AGAIN = 1 << 22, 1 << 21
-"""The same elsewhere: enough to hide launches."""
+"""The same elsewhere, enough to hide launches; the latter where the block runs again, with more live beside them."""
 
 MixesItems = Callable[[nn.Module], bool]
 
@@ -134,8 +133,7 @@ class BlockForward:
     def _items_per_piece(x: Tensor, leaves: list[Any], again: bool) -> int:
         if len(x) < 2 or any(isinstance(t, Tensor) and t is not x and t.dim() and t.shape[0] != 1 for t in leaves):
             return len(x)  # which of the others belong to the items is not known
-        pieces = (CPU_PIECE, CPU_PIECE_AGAIN) if x.device.type == "cpu" else (DEVICE_PIECE, DEVICE_PIECE_AGAIN)
-        size = pieces[again]
+        size = CPU_PIECE if x.device.type == "cpu" else DEVICE_PIECE_AGAIN if again else DEVICE_PIECE
         return max(1, -(-size * len(x) // max(x.numel(), 1)))
 
     def _can_split(self, x: Tensor, leaves: list[Any], spec: Any, prompt: Tensor | None) -> bool:

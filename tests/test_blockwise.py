@@ -35,7 +35,6 @@ VIT = {
 @pytest.fixture(autouse=True)
 def one_item_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockwise, "CPU_PIECE", 1)
-    monkeypatch.setattr(blockwise, "CPU_PIECE_AGAIN", 1)
 
 
 @pytest.fixture
@@ -88,7 +87,6 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], error: float) -
 
 def whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockwise, "CPU_PIECE", 1 << 30)
-    monkeypatch.setattr(blockwise, "CPU_PIECE_AGAIN", 1 << 30)
 
 
 @pytest.mark.parametrize("bits", [None, 4])

@@ -26,7 +26,7 @@ class FixedBatchNormFunction(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
-        ctx.eps, ctx.shape = eps, input.shape
+        ctx.eps = eps
         ctx.save_for_backward(mean, variance, weight)
         return torch.batch_norm(input, weight, bias, mean, variance, False, 0.0, eps, torch.backends.cudnn.enabled)
 

@@ -50,7 +50,8 @@ class ConvolutionFunction(torch.autograd.Function):
         needs_input, _, needs_bias = ctx.needs_input_grad[:3]
         grad_bias = None
         if needs_bias:  # not from convolution_backward, which takes the gradient of the weight for it on some devices
-            grad_bias = grad_output.sum((0, *range(2, grad_output.dim()))).to(ctx.bias_dtype)
+            wide = torch.promote_types(ctx.bias_dtype, torch.float32)
+            grad_bias = grad_output.sum((0, *range(2, grad_output.dim())), dtype=wide).to(ctx.bias_dtype)
         if not needs_input:
             return None, None, grad_bias, None, None
         weight = weight.to(grad_output.dtype)

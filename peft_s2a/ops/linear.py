@@ -109,7 +109,7 @@ class AddLinearFunction(torch.autograd.Function):
         for start, stop in _few_rows(grad):
             piece = grad[start:stop].to(wide)
             if grad_input is not None:
-                grad_input.view(size)[start:stop] = _transposed(wide_weight.T, piece)
+                grad_input.view(size)[start:stop] = _for_each_position(wide_weight.T, piece)
             if columns is not None:
                 found += piece.T @ columns[start:stop] if piece.dim() == 2 else (piece @ columns[start:stop]).sum(0)
         if grad_input is not None:
@@ -120,8 +120,8 @@ class AddLinearFunction(torch.autograd.Function):
         return grad_output, grad_input, grad_weight, grad_bias, None, None, None
 
 
-def _transposed(matrix: Tensor, features: Tensor) -> Tensor:
-    """(N, d) or (B, N, d), the product of (d, C) and features (N, C) or (B, C, N)."""
+def _for_each_position(matrix: Tensor, features: Tensor) -> Tensor:
+    """The product of (d, C) and the channels of features (N, C) or (B, C, N): (N, d) or (B, N, d)."""
     if features.dim() == 2:
         return features @ matrix.T
     return torch.bmm(matrix.expand(len(features), *matrix.shape), features).mT

@@ -26,10 +26,10 @@ INIT_STD = 0.02
 
 
 class _Pooled(threading.local):
-    """What a thread's forward has pooled of a block's input, by adapter; copies of a block begin without."""
+    """What a thread's forward has pooled of a block's input, and of which items; copies of a block begin without."""
 
     def __init__(self) -> None:
-        self.found: dict[str, torch.Tensor] = {}
+        self.found: dict[str, tuple[torch.Tensor, list[int] | None]] = {}
 
     def __reduce__(self) -> tuple[type[_Pooled], tuple[()]]:
         return _Pooled, ()
@@ -38,7 +38,8 @@ class _Pooled(threading.local):
 class BlockAdapter(nn.Module, S2ALayer):
     """Prompt and side branch of one block, for every adapter.
 
-    It is a child of the block and acts through the block's hooks: the block keeps its class, path and attributes.
+    It is a child of the block and acts through the block's hooks: the block keeps its class, path and attributes. Where
+    nobody else looks at the block's input, the prompt is left to the block's forward, which adds it piece by piece.
 
     Args:
         block: the block; kept outside the modules, for its device.
@@ -122,7 +123,7 @@ class BlockAdapter(nn.Module, S2ALayer):
             prompt = functools.reduce(torch.add, (prompt for prompt, _ in prompts))
             for name, _ in self._acting("s2a_side_up_weight", x):
                 about = self.shapes[name], self.reductions[name]
-                pooled[name] = pool_for_side(x, *about) + pool_for_side(prompt, *about)
+                pooled[name] = pool_for_side(x, *about) + pool_for_side(prompt, *about), None
             leave_prompt(block, prompt)  # the block's forward takes it, or, after an error, `after_block`
             return None
         y = x
@@ -130,7 +131,7 @@ class BlockAdapter(nn.Module, S2ALayer):
             y = _add(y, prompt, items)
         for name, items in self._acting("s2a_side_up_weight", x):
             inside = y if items is None else y[items]
-            pooled[name] = pool_for_side(inside, self.shapes[name], self.reductions[name])
+            pooled[name] = pool_for_side(inside, self.shapes[name], self.reductions[name]), items
         return replace_argument(args, kwargs, x, y) if prompts else None
 
     def _prompt(self, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -145,11 +146,9 @@ class BlockAdapter(nn.Module, S2ALayer):
         if y is None:
             return None
         total = y
-        for name, items in self._acting("s2a_side_up_weight", first_tensor(args, kwargs)):
-            if name not in pooled:
-                continue
+        for name, (features, items) in pooled.items():
             weights = SideWeights(*(self._leaf(leaf)[name] for leaf in SIDE_LEAVES))
-            about = pooled[name], weights, self.shapes[name]
+            about = features, weights, self.shapes[name]
             if items is None:
                 total = add_side(total, *about, in_place=takes_joined(block, total))
             else:

@@ -13,6 +13,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_s2a import S2AConfig, blockwise
+from peft_s2a.ops.joining import Whole
 from peft_s2a.tuner import block as module
 
 SIZES: dict[str, Any] = {
@@ -65,6 +66,20 @@ def test_the_sum_is_the_same_in_either_memory(pieces: bool, ways: list[bool], mo
     torch.testing.assert_close(logits, expected[0])
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[1][name], rtol=0.05, atol=1e-3)
+
+
+def test_an_output_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "CPU_PIECE", 1)
+    made: list[int] = []
+    empty = Whole._empty
+
+    def counted(self: Whole, piece: torch.Tensor) -> torch.Tensor:
+        made.append(len(piece))
+        return empty(self, piece)
+
+    monkeypatch.setattr(Whole, "_empty", counted)
+    make_model()(pixel_values=torch.randn(4, 3, 32, 32))
+    assert made == [1, 1]  # one for each block
 
 
 class Look:

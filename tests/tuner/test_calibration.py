@@ -186,7 +186,6 @@ def test_pieces_of_the_batch_have_the_same_bits(batch, policy, monkeypatch, bits
     whole = dict(bits_asked)
     bits_asked.clear()
     monkeypatch.setattr(blockwise, "CPU_PIECE", 1)
-    monkeypatch.setattr(blockwise, "CPU_PIECE_AGAIN", 1)
     gradients(model, batch)
     assert set(bits_asked) == set(whole)
     assert max(bits_asked[key] / count for key, count in whole.items()) >= 4  # one image at a time
