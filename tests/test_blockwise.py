@@ -394,29 +394,39 @@ def test_unloading_puts_the_forward_back():
     assert not any(isinstance(vars(m).get("forward"), BlockForward) for m in base.modules())
 
 
-def test_a_block_that_writes_over_its_input_is_tried_on_a_copy(calls):
+@pytest.mark.parametrize("prompt_rank", [0, 2])
+def test_a_block_that_writes_over_its_input_is_tried_on_a_copy(prompt_rank):
     class Doubling(nn.Module):
         def __init__(self):
             super().__init__()
-            self.linear = nn.Linear(8, 8)
+            self.norm, self.linear, self.other = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
 
         def forward(self, x):
             x = x.mul_(2)
-            return x + self.linear(x).tanh()
+            return x + self.other(self.linear(self.norm(x)).tanh())
 
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.block = Doubling()
+            self.blocks = nn.ModuleList([Doubling(), Doubling()])
 
         def forward(self, x):
-            return self.block(x * 1)
+            x = x * 1
+            for block in self.blocks:
+                x = block(x)
+            return x
 
     shape = {"layout": "tokens", "channels": 8, "out_channels": 8, "grid": [3], "num_extra": 0}
     torch.manual_seed(0)
     base, x = Model(), torch.randn(4, 3, 8)
     expected = base(x).detach()
-    config = S2AConfig(block_modules="block", block_shapes={"block": shape}, target_modules=["linear"])
+    config = S2AConfig(
+        block_modules=r"blocks\.\d+",
+        block_shapes={"blocks.0": shape, "blocks.1": shape},
+        target_modules=["linear"],
+        prompt_rank=prompt_rank,
+    )
     model = get_peft_model(base, config).train()
+    assert all(isinstance(vars(block).get("forward"), BlockForward) for block in base.blocks)
     for _ in range(2):
         torch.testing.assert_close(model(x).detach(), expected)

@@ -126,6 +126,13 @@ def test_a_piece_of_the_gradient_that_others_hold_stays_what_it_is(holder: str, 
         assert torch.equal(torch.cat(kept[::-1]), factor)
 
 
+def test_a_piece_that_is_its_place_in_another_order(leaf: Any) -> None:
+    x, weight = leaf(4, L, L), leaf(4, L, L, needs=False)
+    for way in (in_pieces, split_and_joined):
+        (gradient,) = torch.autograd.grad((way(lambda piece: piece.transpose(1, 2), x * 1, 1) * weight).sum(), x)
+        assert torch.equal(gradient, weight.transpose(1, 2))
+
+
 def test_pieces_without_a_gradient_do_not_hide_who_holds_one(leaf: Any) -> None:
     x, kept, calls = leaf(4, D), [], iter(range(4))
 

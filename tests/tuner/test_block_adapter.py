@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -173,24 +174,32 @@ def test_an_error_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None
             patch.setattr(owner, name, fails)
             with pytest.raises(torch.OutOfMemoryError):
                 model(pixel_values=images_of(2, 0))
+        assert not any(m._pooled.found for m in model.modules() if isinstance(m, module.BlockAdapter))
     with torch.no_grad(), model.disable_adapter():  # type: ignore[operator]
         torch.testing.assert_close(model(pixel_values=images_of(2, 0)).logits, expected, rtol=0, atol=0)
     copy.deepcopy(model)  # which graphs of a step would not allow
 
 
-def test_threads_have_their_own_prompts_and_features() -> None:
+def test_threads_have_their_own_prompts_and_features(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model().eval()
-    batches = [images_of(1 + i % 3, i) for i in range(8)]
+    batches = [images_of(2, 0), images_of(3, 1)]
 
     def logits(images: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             return model(pixel_values=images).logits
 
-    expected = [logits(images) for images in batches] * 8
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(logits, batches * 8))
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
+    expected = [logits(images) for images in batches]
+    together, leave = threading.Barrier(2, timeout=60), module.leave_prompt
+
+    def left(block: nn.Module, prompt: torch.Tensor | None) -> None:
+        leave(block, prompt)
+        if prompt is not None:
+            together.wait()  # both threads are now between the hook and the forward
+
+    monkeypatch.setattr(module, "leave_prompt", left)
+    with ThreadPoolExecutor(2) as pool:
+        for one, other in zip(pool.map(logits, batches), expected, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_inference_mode() -> None:
