@@ -20,7 +20,13 @@ from ..codecs.base import Kept
 from ..codecs.channel import HeadCodec
 from ..codecs.chunked import CPU_CHUNK, DEVICE_CHUNK
 from ..pieces import piece_bounds
-from .attention_gradient import attention_gradients, gradients_by_heads, items_by_formula, prefers_formula
+from .attention_gradient import (
+    attention_gradients,
+    formula_dtype,
+    gradients_by_heads,
+    items_by_formula,
+    prefers_formula,
+)
 from .lineage import Program, Span
 from .memory_order import empty_in_order, memory_permutation
 from .recipes import Recipe, flatten_recipe, rebuild
@@ -166,14 +172,14 @@ def _recomputed_backward(
     needs = ctx.needs_input_grad[:4]
     items = ctx.shapes[0][0]
     grads: list[Tensor | None] = [
-        empty_in_order(shape, order, dtype, ctx.device) if need else None
-        for shape, order, dtype, need in zip(ctx.shapes, ctx.orders, ctx.dtypes, needs, strict=False)
+        empty_in_order(shape, order, own, ctx.device) if need else None
+        for shape, order, own, need in zip(ctx.shapes, ctx.orders, ctx.dtypes, needs, strict=False)
     ]
     grad_mask: Tensor | None = None
-    by_formula = not needs[3] and prefers_formula(
-        ctx.shapes[0], ctx.shapes[1], ctx.compute_dtype, ctx.device, ctx.options
-    )
+    by_formula = not needs[3] and prefers_formula(ctx.shapes[0], ctx.shapes[1], ctx.device, ctx.options)
+    dtype = ctx.compute_dtype
     if by_formula:
+        dtype = formula_dtype(dtype, ctx.device)
         step = items_by_formula(ctx.shapes[0], ctx.shapes[1])
     elif state is not None or needs[3]:  # random numbers, and a gradient of the mask, belong to the whole batch
         step = items
@@ -181,10 +187,10 @@ def _recomputed_backward(
         step = _items_per_piece(ctx.shapes[0], ctx.shapes[1], ctx.device)
     step = ctx.heads.items_per_step(items, step)
     for start, stop in piece_bounds(items, step):
-        inputs = ctx.heads.decode(kept, leaves, ctx.shapes, ctx.compute_dtype, (start, stop))
+        inputs = ctx.heads.decode(kept, leaves, ctx.shapes, dtype, (start, stop))
         if by_formula:
             q, k, v = inputs
-            grad = grad_output[start:stop].to(ctx.compute_dtype)
+            grad = grad_output[start:stop].to(dtype)
             targets = [None if target is None else target[start:stop] for target in grads]
             gradients_by_heads(q, k, v, _of_items(mask, start, stop), ctx.options, grad, targets)
             continue

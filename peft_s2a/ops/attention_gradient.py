@@ -2,7 +2,8 @@
 
 With P = softmax(q k^T scale + mask) and dS = P (dy v^T - sum(dy v^T P)):  dv = P^T dy,  dq = dS k scale,
 dk = dS^T q scale. These are five products; torch's own backward asks for the output as well, which takes two more.
-Unlike torch's it holds probabilities: it is for a few heads at a time.
+Unlike torch's it holds probabilities: it is for a few heads at a time. In 16 bits, which torch's own attention casts back
+and forth on a CPU, the products are taken in bfloat16 where that is fast, and else in float32.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..pieces import piece_bounds
+from .short_product import multiplies_bfloat16
 
 MAX_SCORES = 1 << 19
 """L x S of a head up to which the formula is faster on a CPU than torch's attention and its backward."""
@@ -24,19 +26,21 @@ PIECE_SCORES = 3 << 17
 
 
 def prefers_formula(
-    query: tuple[int, ...], key: tuple[int, ...], dtype: torch.dtype, device: torch.device, options: dict[str, Any]
+    query: tuple[int, ...], key: tuple[int, ...], device: torch.device, options: dict[str, Any]
 ) -> bool:
-    """Whether the formula is the faster way: short sequences on a CPU, in the dtypes that softmax is computed in.
+    """Whether the formula is the faster way: short sequences on a CPU.
 
     Args:
         query, key: shapes, `(N, H, L, D)` and `(N, H', S, D)`.
     """
-    return (
-        device.type == "cpu"
-        and dtype in (torch.float32, torch.float64)
-        and options["dropout_p"] == 0
-        and query[2] * key[2] <= MAX_SCORES
-    )
+    return device.type == "cpu" and options["dropout_p"] == 0 and query[2] * key[2] <= MAX_SCORES
+
+
+def formula_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What q, k and v of a dtype are multiplied in; probabilities are in float32 at least."""
+    if dtype == torch.bfloat16 and multiplies_bfloat16(device):
+        return dtype
+    return torch.promote_types(dtype, torch.float32)
 
 
 def items_by_formula(query: tuple[int, ...], key: tuple[int, ...]) -> int:
@@ -95,7 +99,10 @@ def gradients_by_heads(
     grad_output: Tensor,
     grads: Sequence[Tensor | None],
 ) -> None:
-    """Writes `attention_gradients` to those of `grads` that there are, a few heads at a time (`PIECE_SCORES`)."""
+    """Writes `attention_gradients` to those of `grads` that there are, a few heads at a time (`PIECE_SCORES`).
+
+    q, k, v and `grad_output` come in one dtype, that of the products; `grads` may be in others.
+    """
     _, heads, length, _ = query.shape
     groups = key.shape[1]
     shared = heads // max(groups, 1)

@@ -244,6 +244,39 @@ def test_formula_by_heads_gives_torchs_gradients(
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask", list(masks(torch.float32)))
+def test_formula_in_16_bits_is_as_close_as_torch(
+    mask: str, dtype: torch.dtype, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_gradient, "multiplies_bfloat16", lambda device: fast)
+    given = masks(dtype)[mask]
+    inputs = [torch.randn(N, H, length, D).to(dtype) for length in (L, S, S)]
+
+    def run(dtype: torch.dtype = dtype) -> list[Tensor]:
+        wide = given if given is None or given.dtype == torch.bool else given.to(dtype)
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        loss = attention(leaves[0], leaves[1], leaves[2], wide, options(), IDENTITY).square().sum()
+        return list(torch.autograd.grad(loss, leaves))
+
+    formula, torchs = by_formula_and_by_torch(monkeypatch, run)
+    for found, stock, exact in zip(formula, torchs, run(torch.float64), strict=True):
+        assert found.dtype == dtype
+        assert (found - exact).norm() <= 2 * (stock - exact).norm()
+
+
+@pytest.mark.parametrize(("fast", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_products_are_in_bfloat16_only_where_that_is_fast(
+    fast: bool, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_gradient, "multiplies_bfloat16", lambda device: fast)
+    cpu = torch.device("cpu")
+    assert attention_gradient.formula_dtype(torch.bfloat16, cpu) == chosen
+    assert attention_gradient.formula_dtype(torch.float16, cpu) == torch.float32
+    assert attention_gradient.formula_dtype(torch.float64, cpu) == torch.float64
+
+
 @pytest.mark.parametrize("boolean", [True, False])
 def test_rows_that_may_look_nowhere_have_no_gradient(boolean: bool, leaf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     allowed = torch.ones(L, S, dtype=torch.bool)
