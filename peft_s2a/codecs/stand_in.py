@@ -108,5 +108,5 @@ class ScaledMaskCodec:
         return encode_mask(values != 0), rows.amax(1) if len(rows) else rows.sum(1)
 
     def decode(self, kept: Kept, numel: int, dtype: torch.dtype) -> Tensor:
-        mask = unpack(kept[0], 1, ROW).to(dtype)
+        mask = decode_mask(kept[0], kept[0].numel() * 8).view(-1, ROW).to(dtype)
         return (mask * kept[1].to(dtype).unsqueeze(1)).view(-1)[:numel]

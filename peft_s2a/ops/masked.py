@@ -90,6 +90,16 @@ def _select(grad: Tensor, mask: Tensor, slope: float, other_slope: float, out: T
         out.add_(outside)  # one of both is zero
 
 
+def compared(compare: Callable[..., Tensor], x: Tensor, bound: float) -> Tensor:
+    """`compare(x, bound)` (`torch.le` and its kin) as bool, in a third of the time on a CPU.
+
+    Comparisons are vectorised there where their result has the dtype of what they compare.
+    """
+    if torch.compiler.is_compiling():
+        return compare(x, bound)
+    return compare(x, bound, out=torch.empty_like(x)).bool()
+
+
 def masked(
     input: Tensor,
     function: Callable[[Tensor], Tensor],

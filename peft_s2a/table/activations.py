@@ -14,7 +14,7 @@ from ..codecs.levels import Derivative, DerivativeCodec
 from ..ops import derivatives
 from ..ops.dropout import dropout
 from ..ops.lineage import Elementwise, compile_program
-from ..ops.masked import Mask, masked
+from ..ops.masked import Mask, compared, masked
 from ..ops.overwriting import write_over
 from ..ops.pointwise import pointwise
 from ..ops.rebuilt import rebuilt_pointwise
@@ -182,7 +182,7 @@ def _two_slopes(
 
 @replaces(F.relu, torch.relu, Tensor.relu)
 def _relu(context: Context, input: Tensor, inplace: bool = False) -> Any:
-    return _two_slopes(input, torch.relu, lambda x: ~(x <= 0), in_place=torch.relu_ if inplace else None)
+    return _two_slopes(input, torch.relu, lambda x: ~compared(torch.le, x, 0), in_place=torch.relu_ if inplace else None)
 
 
 @replaces(torch.relu_, Tensor.relu_)
@@ -193,7 +193,7 @@ def _relu_in_place(context: Context, input: Tensor) -> Any:
 def _outside(x: Tensor, low: float, high: float) -> Tensor:
     """Compared in float32, as torch does: the bounds need not be numbers of a shorter dtype."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    return (wide <= low) | (wide >= high)
+    return compared(torch.le, wide, low).logical_or_(compared(torch.ge, wide, high))
 
 
 @replaces(F.hardtanh)
@@ -220,7 +220,7 @@ def _leaky_relu(context: Context, input: Tensor, negative_slope: float = 0.01, i
     return _two_slopes(
         input,
         lambda x: F.leaky_relu(x, negative_slope),
-        lambda x: x > 0,
+        lambda x: compared(torch.gt, x, 0),
         other_slope=negative_slope,
         in_place=in_place,
     )
@@ -230,7 +230,13 @@ def _leaky_relu(context: Context, input: Tensor, negative_slope: float = 0.01, i
 def _hardsigmoid(context: Context, input: Tensor, inplace: bool = False) -> Any:
     in_place = (lambda x: F.hardsigmoid(x, inplace=True)) if inplace else None
     # torch's slope is 1 / 6 rounded to float32, in float64 too
-    return _two_slopes(input, F.hardsigmoid, lambda x: (x > -3) & (x < 3), 0.1666666716337204, in_place=in_place)
+    return _two_slopes(
+        input,
+        F.hardsigmoid,
+        lambda x: compared(torch.gt, x, -3).logical_and_(compared(torch.lt, x, 3)),
+        0.1666666716337204,
+        in_place=in_place,
+    )
 
 
 @replaces(F.dropout, torch.dropout)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.choice import LEFT, RIGHT, TIE, choose
+from ..ops.masked import compared
 from .activations import _hardtanh, _leaky_relu, _two_slopes
 from .context import MIN_ELEMENTS, Context, replaces
 
@@ -23,8 +24,8 @@ def _clamp_between(input: Tensor, low: Any, high: Any, in_place: bool) -> Any:
 
     def inside(x: Tensor) -> Tensor:
         if low is None or high is None:
-            return torch.lt(x, high) if low is None else torch.gt(x, low)
-        return torch.gt(x, low).logical_and_(torch.lt(x, high))
+            return compared(torch.gt, x, low) if high is None else compared(torch.lt, x, high)
+        return compared(torch.gt, x, low).logical_and_(compared(torch.lt, x, high))
 
     function = (lambda x: x.clamp_(low, high)) if in_place else (lambda x: torch.clamp(x, low, high))
     return _two_slopes(input, function, inside, in_place=function if in_place else None)
@@ -79,7 +80,7 @@ def _threshold(context: Context, input: Tensor, threshold: float, value: float, 
     return _two_slopes(
         input,
         lambda x: F.threshold(x, threshold, value),
-        lambda x: ~(_wide(x) <= threshold),
+        lambda x: ~compared(torch.le, _wide(x), threshold),
         in_place=(lambda x: torch.threshold_(x, threshold, value)) if inplace else None,
     )
 
@@ -134,4 +135,4 @@ def _wide(x: Tensor) -> Tensor:
 
 def _beyond(x: Tensor, bound: float) -> Tensor:
     """Outside of `[-bound, bound]`, as torch's shrinking functions see it; NaN is."""
-    return (x >= -bound).logical_and_(x <= bound).logical_not_()
+    return compared(torch.ge, x, -bound).logical_and_(compared(torch.le, x, bound)).logical_not_()
