@@ -57,7 +57,8 @@ def channel_average_pool(x: torch.Tensor, reduction: int, dim: int = -1) -> torc
         divisible = x if whole * reduction == channels else x.narrow(dim, 0, whole * reduction)
         groups = torch.unflatten(divisible, dim, (whole, reduction))
         # not `mean`, whose gradient is divided after it is spread over the groups: one more tensor of the size of x
-        sums = groups.sum(dim + 1, dtype=torch.promote_types(x.dtype, torch.float32))
+        # torch adds up shorter dtypes in float32; only float16 is too narrow for the sum, and would be cast as a whole
+        sums = groups.sum(dim + 1, dtype=torch.float32 if x.dtype == torch.float16 else None)
         pooled.append((sums / reduction).to(x.dtype))
     if channels % reduction:
         pooled.append(x.narrow(dim, whole * reduction, channels % reduction).mean(dim, keepdim=True))

@@ -90,3 +90,15 @@ def test_another_architecture():
     shape, x = BlockShape("tokens", 8, 8, (3,)), torch.zeros(1, 3, 9)
     with pytest.raises(ValueError, match="another architecture"):
         side_of(x, x, weights(8, 8, 4), shape, 4)
+
+
+def test_pooling_does_not_overflow_in_float16() -> None:
+    x = torch.full((1, 2, 32), 60000.0, dtype=torch.float16)
+    assert torch.equal(channel_average_pool(x, 16), torch.full((1, 2, 2), 60000.0, dtype=torch.float16))
+
+
+def test_pooling_casts_nothing_in_bfloat16() -> None:
+    x = torch.randn(2, 5, 32, dtype=torch.bfloat16)
+    with torch.profiler.profile() as operators:  # sees what a kernel calls
+        channel_average_pool(x, 16)
+    assert "aten::_to_copy" not in [event.name for event in operators.events()]
