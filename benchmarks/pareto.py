@@ -33,8 +33,9 @@ from benchmarks.growth import check_growth, check_leaks
 from benchmarks.memory import check_gradients, logits
 from benchmarks.methods import ADAPTERS, NotApplicableError, apply
 from benchmarks.models import BUILDERS, BenchmarkModel, build
-from benchmarks.policies import available
+from benchmarks.policies import POLICIES, available
 from benchmarks.results import Record, append, read, versions
+from benchmarks.times import bfloat16_gain
 from peft_s2a.memory import peak_step_bytes, saved_activation_bytes
 from peft_s2a.memory.running import Batch, call_model, training_loss
 from peft_s2a.ops.short_product import multiplies_bfloat16
@@ -46,6 +47,10 @@ ON_REQUEST = {
     **{name: (name, {}) for name in ("linear_probe", "lora_all", "qlora", "qlora_checkpointing")},
     "S2A exact": ("s2a", {"activation_bits": None}),
     "S2A keep, NF4 weights": ("s2a_nf4", {"activation_bits": 4}),
+    **{
+        f"S2A {name}, products in full": ("s2a", {**POLICIES[name], "backward_precision": "highest"})
+        for name in ("keep", "keep, compiled", "rebuild attention, 6 bits, compiled", "rebuild", "recompute")
+    },
 }
 """Title, method and settings of what is measured when `--methods` names it."""
 
@@ -165,6 +170,7 @@ def measure_time(setting: Setting, wanted: list[Method], rounds: int) -> Iterato
             print(f"{setting.model}, {method.title}: {error}", file=sys.stderr)
             continue
         trainees[method.title].step()  # lazily made state, compilation
+    gain = round(bfloat16_gain(), 2)
     seconds: dict[str, list[float]] = {title: [] for title in trainees}
     for _ in range(rounds):
         for title, trainee in trainees.items():
@@ -184,6 +190,7 @@ def measure_time(setting: Setting, wanted: list[Method], rounds: int) -> Iterato
                 "threads": torch.get_num_threads(),
                 "device": "cpu",
                 "bfloat16_products": multiplies_bfloat16(torch.device("cpu")),
+                "bfloat16_gain": gain,
             },
         )
 

@@ -2,8 +2,8 @@
 
 With P = softmax(q k^T scale + mask) and dS = P (dy v^T - sum(dy v^T P)):  dv = P^T dy,  dq = dS k scale,
 dk = dS^T q scale. These are five products; torch's own backward asks for the output as well, which takes two more.
-Unlike torch's it holds probabilities: it is for a few heads at a time. In 16 bits, which torch's own attention casts back
-and forth on a CPU, the products are taken in bfloat16 where that is fast, and else in float32.
+Unlike torch's it holds probabilities: it is for a few heads at a time. In 16 bits, which torch's own attention casts
+back and forth on a CPU, the products are taken in bfloat16 where that is fast, and else in float32.
 """
 
 from __future__ import annotations

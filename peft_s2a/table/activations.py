@@ -182,7 +182,8 @@ def _two_slopes(
 
 @replaces(F.relu, torch.relu, Tensor.relu)
 def _relu(context: Context, input: Tensor, inplace: bool = False) -> Any:
-    return _two_slopes(input, torch.relu, lambda x: ~compared(torch.le, x, 0), in_place=torch.relu_ if inplace else None)
+    in_place = torch.relu_ if inplace else None
+    return _two_slopes(input, torch.relu, lambda x: ~compared(torch.le, x, 0), in_place=in_place)
 
 
 @replaces(torch.relu_, Tensor.relu_)
