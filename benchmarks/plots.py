@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import statistics
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.results import IMAGES, read
 from benchmarks.summaries import CURVES, curves, pareto_records, spread
+from benchmarks.times import PROCESSORS, ratios
 from benchmarks.titles import method_name
 from benchmarks.transfer_plan import BACKBONES
 from benchmarks.transfer_tables import points
@@ -54,49 +56,60 @@ def plot_curves() -> None:
     figure.savefig(IMAGES / "curves.png", dpi=110)
 
 
+PROCESSOR_TITLES = {True: "products in bfloat16 faster than in float32", False: "products in bfloat16 not faster"}
+
+
 def plot_pareto() -> None:
-    """Step time against peak, one picture a model and dtype."""
+    """Step time against peak, one picture a model and dtype, the two kinds of processors side by side."""
     for model, dtype in sorted({(record["model"], record["dtype"]) for record in read("pareto_time")}):
-        points = [
-            (method_name(record), record["peak_mb_per_image"], record["ratio"], record["method"] == "s2a")
-            for record in pareto_records(model, dtype).values()
-            if "ratio" in record and "peak_mb_per_image" in record
-        ]
-        if not points:
+        times = ratios(model, dtype)
+        panels: dict[bool, list[tuple[str, float, float, bool]]] = {fast: [] for fast in PROCESSORS}
+        for title, record in pareto_records(model, dtype).items():
+            for fast, ratio in times.get(title, {}).items():
+                if "peak_mb_per_image" in record:
+                    own = record["method"] == "s2a"
+                    panels[fast].append((method_name(record), record["peak_mb_per_image"], ratio, own))
+        shown = {fast: found for fast, found in panels.items() if found}
+        if not shown:
             continue
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        axes = figure.subplots()
-        for own, color in ((False, "tab:gray"), (True, "tab:red")):
-            chosen = [point for point in points if point[3] == own]
-            label = "S2A" if own else "others"
-            axes.scatter([p[1] for p in chosen], [p[2] for p in chosen], color=color, zorder=3, label=label)
-        # labels to the right, moved down in turn where neighbours are close
-        taken: list[tuple[float, float]] = []
-        top = max(p[2] for p in points)
-        step = 0.03 * max(top - min(p[2] for p in points), 0.2)
-        for title, peak, ratio, _ in sorted(points, key=lambda p: (-p[2], p[1])):
-            height = ratio
-            while any(abs(height - other) < step * 1.3 and 0.4 < peak / x < 2.5 for x, other in taken):
-                height -= step
-            taken.append((peak, height))
-            axes.annotate(
-                title,
-                (peak, ratio),
-                (peak * 1.04, height),
-                fontsize=8,
-                va="center",
-                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "gray"} if height != ratio else None,
-            )
-        axes.set_xscale("log")
-        axes.set_xlim(min(p[1] for p in points) / 1.2, max(p[1] for p in points) * 2)
-        axes.set(
-            xlabel="peak above the loaded model, MB per image",
-            ylabel="step time / bias tuning in stock torch",
-            title=f"{model}, {dtype}, batch of 8: lower left is better",
-        )
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(loc="upper center")
+        figure = Figure(figsize=(7 * len(shown), 5), layout="constrained")
+        figure.suptitle(f"{model}, {dtype}, batch of 8: lower left is better")
+        all_axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        for axes, fast in zip(all_axes, shown, strict=True):
+            _scatter(axes, shown[fast])
+            axes.set_title(PROCESSOR_TITLES[fast], fontsize=10)
+        all_axes[0].set_ylabel("step time / bias tuning in stock torch")
         figure.savefig(IMAGES / f"pareto-{model}-{dtype}.png", dpi=110)
+
+
+def _scatter(axes: Axes, methods: list[tuple[str, float, float, bool]]) -> None:
+    """Title, peak, time and whether it is S2A's, of each method."""
+    for own, color in ((False, "tab:gray"), (True, "tab:red")):
+        chosen = [point for point in methods if point[3] == own]
+        label = "S2A" if own else "others"
+        axes.scatter([p[1] for p in chosen], [p[2] for p in chosen], color=color, zorder=3, label=label)
+    # labels to the right, moved down in turn where neighbours are close
+    taken: list[tuple[float, float]] = []
+    top = max(p[2] for p in methods)
+    step = 0.03 * max(top - min(p[2] for p in methods), 0.2)
+    for title, peak, ratio, _ in sorted(methods, key=lambda p: (-p[2], p[1])):
+        height = ratio
+        while any(abs(height - other) < step * 1.3 and 0.4 < peak / x < 2.5 for x, other in taken):
+            height -= step
+        taken.append((peak, height))
+        axes.annotate(
+            title,
+            (peak, ratio),
+            (peak * 1.04, height),
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "gray"} if height != ratio else None,
+        )
+    axes.set_xscale("log")
+    axes.set_xlim(min(p[1] for p in methods) / 1.2, max(p[1] for p in methods) * 2)
+    axes.set_xlabel("peak above the loaded model, MB per image")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(loc="upper center")
 
 
 def plot_allocation() -> None:

@@ -1,7 +1,7 @@
 """One bit per element: the exact code of operators whose derivative has two values.
 
 Eight neighbours share a byte. They are packed and unpacked as one number of 64 bits, by a product that adds it up
-shifted by 0, 9, ... 63 bits: that moves the eight ones to the eight places of the highest byte, and back to a byte each.
+shifted by 0, 9, ... 63 bits: that moves the eight ones to the places of the highest byte, and back to a byte each.
 """
 
 from __future__ import annotations
