@@ -24,8 +24,11 @@ def encode_mask(mask: Tensor) -> Tensor:
     padding = rows * _ROW - mask.numel()
     if padding:
         codes = torch.nn.functional.pad(codes, (0, padding))
-    elif mask.storage_offset() % 8:
-        codes = codes.clone()
+    if torch.compiler.is_compiling():  # the offset of a view is not known there
+        places = 1 << torch.arange(7, -1, -1, dtype=torch.int32, device=mask.device)
+        return (codes.reshape(-1, 8) * places).sum(-1).to(torch.uint8).view(rows, _ROW // 8)
+    if not codes.is_contiguous() or codes.storage_offset() % 8:
+        codes = codes.clone(memory_format=torch.contiguous_format)
     highest_byte = (codes.view(torch.int64) * _SHIFTED).bitwise_right_shift_(56)
     return highest_byte.to(torch.uint8).view(rows, _ROW // 8)
 

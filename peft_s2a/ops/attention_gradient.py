@@ -3,7 +3,7 @@
 With P = softmax(q k^T scale + mask) and dS = P (dy v^T - sum(dy v^T P)):  dv = P^T dy,  dq = dS k scale,
 dk = dS^T q scale. These are five products; torch's own backward asks for the output as well, which takes two more.
 Unlike torch's it holds probabilities: it is for a few heads at a time. In 16 bits, which torch's own attention casts
-back and forth on a CPU, the products are taken in bfloat16 where that is fast, and else in float32.
+back and forth on a CPU, the two inner products are in float32 and the other three in bfloat16 where that is fast.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def prefers_formula(
 
 
 def formula_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What q, k and v of a dtype are multiplied in; probabilities are in float32 at least."""
+    """The dtype of the last three products, on a CPU; the first two and the probabilities are in float32 at least."""
     if dtype == torch.bfloat16 and multiplies_bfloat16(device):
         return dtype
     return torch.promote_types(dtype, torch.float32)
@@ -63,8 +63,12 @@ def attention_gradients(
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scale = query.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
     wide = torch.promote_types(query.dtype, torch.float32)
-    scaled = query * scale
-    scores = (scaled @ key.mT).to(wide)
+    # Rounded to 16 bits, large scores and the differences of dy v^T would lose more than a softmax forgives. A GPU's
+    # products are not slowed down for it.
+    careful = wide if query.device.type == "cpu" else query.dtype
+    scaled = query.to(careful) * scale
+    scores = (scaled @ key.to(careful).mT).to(wide)
+    scaled = scaled.to(query.dtype)
     nowhere: Tensor | None = None  # rows that may look nowhere: torch's output and gradients are zero there
     if options["is_causal"]:
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -80,7 +84,7 @@ def attention_gradients(
     if nowhere is not None:
         p.masked_fill_(nowhere, 0.0)
     grad_value = p.to(query.dtype).mT @ grad_output
-    grad_scores = (grad_output @ value.mT).to(wide).mul_(p)
+    grad_scores = (grad_output.to(careful) @ value.to(careful).mT).to(wide).mul_(p)
     grad_scores.addcmul_(p, grad_scores.sum(-1, keepdim=True), value=-1)
     del p
     grad_scores = grad_scores.to(query.dtype)

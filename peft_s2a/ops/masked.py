@@ -1,7 +1,7 @@
 """Elementwise functions whose derivative has two values: one bit per element, exact.
 
 ReLU, ReLU6, Hardtanh, LeakyReLU, Hardsigmoid, threshold: `dx = slope * dy` where the mask is set, `other_slope * dy`
-elsewhere, bit-identical to torch's own.
+elsewhere, bit-identical to torch's own but for the sign and place of NaN in Hardtanh and the shrinking functions.
 """
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ def _select(grad: Tensor, mask: Tensor, slope: float, other_slope: float, out: T
 
 
 def compared(compare: Callable[..., Tensor], x: Tensor, bound: float) -> Tensor:
-    """`compare(x, bound)` (`torch.le` and its kin) as bool, in a third of the time on a CPU.
+    """`compare(x, bound)` (`torch.le` and its kin) as bool.
 
-    Comparisons are vectorised there where their result has the dtype of what they compare.
+    On a CPU comparisons are vectorised only where their result has the dtype of what they compare.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
         return compare(x, bound)
     return compare(x, bound, out=torch.empty_like(x)).bool()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 
-@pytest.mark.parametrize("name", ["hf-vit", "hf-swin"])
+@pytest.mark.parametrize("name", ["hf-vit", "hf-swin", "hf-resnet"])
 def test_a_whole_model_in_one_graph(name, families, adapt, trained, run) -> None:
     family = families[name]
     torch._dynamo.reset()
