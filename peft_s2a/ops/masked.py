@@ -1,7 +1,7 @@
 """Elementwise functions whose derivative has two values: one bit per element, exact.
 
 ReLU, ReLU6, Hardtanh, LeakyReLU, Hardsigmoid, threshold: `dx = slope * dy` where the mask is set, `other_slope * dy`
-elsewhere, bit-identical to torch's own but for the sign and place of NaN in Hardtanh and the shrinking functions.
+elsewhere, bit-identical to torch's own, but at NaN in Hardtanh, ReLU6 and the shrinking functions.
 """
 
 from __future__ import annotations
