@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..codecs.base import Codec
 from ..codecs.chunked import chunk_bounds, decode_range, encode_chunked
+from .channels import channel_sum, times_channels
 from .memory_order import flatten, memory_permutation, unflatten
 from .ownership import owned
 
@@ -39,14 +40,13 @@ class FixedBatchNormFunction(torch.autograd.Function):
         grad_input = grad_bias = None
         if needs[4]:
             # torch's kernel for a strided input would add up in the dtype of a bfloat16 gradient
-            over = [d for d in range(grad_output.dim()) if d != 1]
-            grad_bias = grad_output.sum(over, dtype=mean.dtype)
+            grad_bias = channel_sum(grad_output, mean.dtype)
         if needs[0]:
             wide = torch.promote_types(variance.dtype, torch.float32)
             factor = 1 / torch.sqrt(variance.to(wide) + ctx.eps)
             factor = factor if weight is None else factor * weight.to(wide)
             target = grad_output if in_place else torch.empty_like(grad_output)
-            grad_input = torch.mul(grad_output, factor.view(-1, *[1] * (grad_output.dim() - 2)), out=target)
+            grad_input = times_channels(grad_output, factor, target)
         return grad_input, None, None, None, grad_bias, None
 
 
@@ -102,7 +102,7 @@ class BatchNormFunction(torch.autograd.Function):
             flat = decode_range(codec, tuple(kept), start, stop, wide)
             return items, unflatten(flat, grad_output[items].shape, ctx.permutation)
 
-        grad_sum = grad_output.sum(over, dtype=wide)
+        grad_sum = channel_sum(grad_output, wide)
         product_sum = torch.zeros_like(grad_sum)
         for start, stop in chunks():
             items, x_hat = piece(start, stop)

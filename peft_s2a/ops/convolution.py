@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..pieces import piece_bounds
+from .channels import channel_sum
 from .memory_order import channels_last, shape_only
 from .short_product import multiplies_bfloat16
 
@@ -51,7 +52,7 @@ class ConvolutionFunction(torch.autograd.Function):
         grad_bias = None
         if needs_bias:  # not from convolution_backward, which takes the gradient of the weight for it on some devices
             wide = torch.promote_types(ctx.bias_dtype, torch.float32)
-            grad_bias = grad_output.sum((0, *range(2, grad_output.dim())), dtype=wide).to(ctx.bias_dtype)
+            grad_bias = channel_sum(grad_output, wide).to(ctx.bias_dtype)
         if not needs_input:
             return None, None, grad_bias, None, None
         weight = weight.to(grad_output.dtype)

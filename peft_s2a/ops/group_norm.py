@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..codecs.base import Codec
 from ..codecs.chunked import chunk_bounds, decode_range, encode_chunked
+from .channels import channel_sum
 from .ownership import owned
 
 
@@ -63,8 +64,7 @@ class GroupNormFunction(torch.autograd.Function):
         wide, channels = rstd.dtype, grad_output.shape[1]
         per_item = max(grad_output.shape[1:].numel(), 1)
         gamma = None if weight is None else weight.to(wide).view(1, -1, 1)
-        over = [d for d in range(grad_output.dim()) if d != 1]
-        grad_bias = grad_output.sum(over, dtype=wide).to(ctx.bias_dtype) if needs_bias else None  # not yet overwritten
+        grad_bias = channel_sum(grad_output, wide).to(ctx.bias_dtype) if needs_bias else None  # not yet overwritten
         grad_input: Tensor | None = None
         if needs_input:
             grad_input = grad_output if in_place else torch.empty_like(grad_output, dtype=ctx.input_dtype)
